@@ -1,0 +1,95 @@
+"""
+`jit`: how every CPU loop is compiled, and a disk cache that many processes may share.
+
+Numba's own cache numbers its data files through an index: two processes that add two signatures at
+once may end with an index that names the other's machine code, and an edit of the file that emits a
+micro-kernel is not noticed by the files that call it. Here each compiled signature is one file, named
+by a hash of everything it depends on (every source of this folder, signature, CPU, Numba) and opened
+by a checksum. It is written under a temporary name and renamed, so that a reader sees all of it or none.
+"""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, dumps
+
+from cumoe.cpu import _threads
+
+_HERE = Path(__file__).parent
+_SOURCES = hashlib.sha256(
+    b"\0".join(path.name.encode() + path.read_bytes() for path in sorted(_HERE.glob("*.py")))
+).hexdigest()
+
+
+class _CacheFile:
+    """One file a compiled signature; twin of numba's IndexDataCacheFile, without an index."""
+
+    def __init__(self, folder: str, base: str) -> None:
+        self._folder, self._base = Path(folder), base
+
+    def _path(self, key: Any) -> Path:
+        digest = hashlib.sha256(repr((numba.__version__, _SOURCES, key)).encode()).hexdigest()
+        return self._folder / f"{self._base}.{digest[:32]}.nbc"
+
+    def load(self, key: Any) -> Any:
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        checksum, payload = content[:32], content[32:]
+        if hashlib.sha256(payload).digest() != checksum:  # damaged: compile again and replace it
+            return None
+        return pickle.loads(payload)
+
+    def save(self, key: Any, data: Any) -> None:
+        payload = dumps(data)
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+            os.replace(temporary, self._path(key))
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def flush(self) -> None:
+        for path in self._folder.glob(f"{self._base}.*.nbc"):
+            path.unlink(missing_ok=True)
+
+
+class _Cache(FunctionCache):
+    def __init__(self, py_func: FunctionType) -> None:
+        super().__init__(py_func)
+        self._cache_file = _CacheFile(self._cache_path, self._impl.filename_base)
+
+
+def jit(parallel: bool = False, **constants: Any) -> Callable[[Callable[..., Any]], Any]:
+    """
+    Compile a loop: GIL released, NumPy's error model, no fast-math, cached on disk.
+
+    `constants` are globals of the compiled function, so that one template serves several kernels;
+    their names become part of the function's name.
+    """
+
+    def wrap(function: Any) -> Any:
+        if parallel:
+            _threads.start()
+        if constants:
+            code, scope = function.__code__, {**function.__globals__, **constants}
+            special = FunctionType(code, scope, function.__name__, function.__defaults__)
+            names = (getattr(value, "__name__", str(value)) for _, value in sorted(constants.items()))
+            special.__qualname__ = "-".join((function.__qualname__, *names))
+            special.__module__ = function.__module__
+            function = special
+        dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+        dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return wrap

@@ -1,0 +1,91 @@
+"""
+Checks of what a caller passed: raise with the argument's name and both numbers, or return nothing.
+
+They read shapes, dtypes and addresses, never the elements of a device array; looking at values is
+left to ``check=True``.
+"""
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+
+def shape(name: str, array: Any, letters: str, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless `array` has the shape that `letters` spells, as in ``"(E, 2I, H)"``."""
+    got = tuple(array.shape)
+    if got == expected:
+        return
+    fix = ""
+    if len(got) == len(expected) >= 2 and (*got[:-2], got[-1], got[-2]) == expected:
+        fix = "; the last two axes look swapped"
+    raise ValueError(f"{name} must have shape {letters} = {expected}, got {got}{fix}")
+
+
+def ndim(name: str, array: Any, letters: str, expected: int) -> None:
+    """Raise ValueError unless `array` has `expected` axes, spelt by `letters`."""
+    if array.ndim != expected:
+        raise ValueError(f"{name} must have {expected} axes {letters}, got shape {tuple(array.shape)}")
+
+
+def dtype(name: str, array: Any, allowed: Collection[str]) -> None:
+    """Raise TypeError unless the dtype's name is one of `allowed`."""
+    if array.dtype.name not in allowed:
+        raise TypeError(f"{name} must be {_either(allowed)}, got {array.dtype.name}")
+
+
+def same_dtype(name: str, array: Any, other_name: str, other: Any) -> None:
+    """Raise TypeError unless both arrays have one dtype."""
+    if array.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name} = {other.dtype.name}, got {array.dtype.name}; convert one of them"
+        )
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as an int, or raise unless ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        rule = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {rule}, got {value}")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {_either(allowed)}, got {value!r}")
+
+
+def no_overlap(name: str, out: Any, **inputs: Any) -> None:
+    """Raise ValueError if the memory of `out` touches the memory of any input."""
+    low, high = byte_bounds(out)
+    for other_name, other in inputs.items():
+        if other is None or other.size == 0 or out.size == 0:
+            continue
+        other_low, other_high = byte_bounds(other)
+        if low < other_high and other_low < high and (not isinstance(out, np.ndarray) or np.shares_memory(out, other)):
+            raise ValueError(f"{name} must not share memory with {other_name}; pass a separate array or out=None")
+
+
+def writeable(name: str, array: Any) -> None:
+    """Raise ValueError if the array says that it must not be written."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array; pass a copy")
+
+
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """First byte address of `array` and the one after its last, for NumPy and CuPy arrays."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    low, high = start, start + array.itemsize
+    for extent, stride in zip(array.shape, array.strides, strict=True):
+        reach = (extent - 1) * stride
+        low, high = (low + reach, high) if reach < 0 else (low, high + reach)
+    return low, high
+
+
+def _either(allowed: Collection[str]) -> str:
+    names = list(allowed)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

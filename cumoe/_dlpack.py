@@ -1,0 +1,1 @@
+"""DLPack in and out, for the dtypes that NumPy's own importer refuses (bfloat16, float8)."""

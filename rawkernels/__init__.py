@@ -1,0 +1,1 @@
+"""The GPU side: CuPy raw kernels and Numba CUDA kernels, one file a room."""
