@@ -1,8 +1,9 @@
 """
 The door for arrays: whose they are, which side works on them, and how a result goes back.
 
-This is the only file of the front desk that knows that CuPy may exist. A CuPy array cannot exist
-before its module is imported, so `sys.modules` answers that question without importing anything.
+This is the only file of the front desk, with `_dlpack`, that knows that CuPy may exist. A CuPy array
+cannot exist before its module is imported, so `sys.modules` answers that question without importing
+anything.
 """
 
 import importlib
@@ -19,13 +20,28 @@ Array = Any  # a NumPy, CuPy or DLPack array; checked at run time
 
 
 class Side(NamedTuple):
-    """Where a call runs (`xp`) and the foreign array whose kind the results take, if any."""
+    """
+    Where a call runs, and how its results leave.
+
+    `foreign` is an array whose kind the results take, or None; `given` pairs each array as it is used
+    inside with the caller's own object, for those that differ.
+    """
 
     xp: ModuleType
     foreign: Any
+    given: tuple[tuple[Array, Array], ...] = ()
 
     def leave(self, array: Array) -> Array:
-        """Hand a result back in the caller's kind, without a copy."""
+        """
+        Hand a result back in the caller's kind, without a copy.
+
+        An array that came in through `enter` (``out=``) leaves as the very object that the caller gave.
+        """
+        for inside, outside in self.given:
+            if array is inside:
+                if self.foreign is not None and self.xp is not np:
+                    _dlpack.export_like(array, self.foreign)  # makes the caller's stream wait for ours
+                return outside
         return array if self.foreign is None else _dlpack.export_like(array, self.foreign)
 
 
@@ -34,30 +50,52 @@ def enter(**arrays: Array) -> tuple[Side, list[Array]]:
     Take in the array arguments of a public function, by name; None passes through.
 
     NumPy and CuPy arrays go in as they are, any other DLPack producer without a copy. All must come
-    from one library.
+    from one library and lie on one device.
     """
     kinds = {name: _kind(name, array) for name, array in arrays.items() if array is not None}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise TypeError(f"arguments must be all NumPy arrays, all CuPy arrays or all of one DLPack library, got {listed}")
+        raise TypeError(
+            "arguments must be all NumPy arrays, all CuPy arrays or all of one DLPack library, got " + _listed(kinds)
+        )
     kind = next(iter(kinds.values()), "numpy")
-    if kind == "numpy":
-        return Side(np, None), list(arrays.values())
-    if kind == "cupy":
-        return Side(sys.modules["cupy"], None), list(arrays.values())
-    foreign = next(array for array in arrays.values() if array is not None)
-    inside = [None if array is None else _dlpack.from_dlpack(array) for array in arrays.values()]
-    xp = np if all(isinstance(array, np.ndarray) for array in inside if array is not None) else sys.modules["cupy"]
-    return Side(xp, foreign), inside
+    inside = [None if array is None else _take_in(name, array, kind) for name, array in arrays.items()]
+    places = {name: _place(array) for name, array in zip(arrays, inside, strict=True) if array is not None}
+    if len(set(places.values())) > 1:
+        raise TypeError("arguments must be on one device, got " + _listed(places))
+    xp = np if next(iter(places.values()), "cpu") == "cpu" else sys.modules["cupy"]
+    foreign = None if kind in ("numpy", "cupy") else next(array for array in arrays.values() if array is not None)
+    pairs = zip(inside, arrays.values(), strict=True)
+    return Side(xp, foreign, tuple((taken, array) for taken, array in pairs if taken is not array)), inside
 
 
 def _kind(name: str, array: Array) -> str:
     if isinstance(array, np.ndarray):
         return "numpy"
-    root = type(array).__module__.partition(".")[0]
-    if root == "cupy" or hasattr(array, "__dlpack__") and not isinstance(array, np.generic):
-        return root
+    if hasattr(array, "__dlpack__") and not isinstance(array, np.generic):
+        maker = _dlpack.library(array)
+        if maker is not None:
+            return str(maker.__name__).partition(".")[0]
     raise TypeError(f"{name} must be a NumPy, CuPy or DLPack array, got {type(array).__name__}; use numpy.asarray")
+
+
+def _take_in(name: str, array: Array, kind: str) -> Array:
+    if kind == "cupy":
+        return array
+    if kind != "numpy":
+        return _dlpack.from_dlpack(array, name)
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got MaskedArray; its mask would be ignored, use {name}.filled")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} must be in native byte order, got {array.dtype.str}; use {name}.astype")
+    return np.asarray(array)  # a subclass (memmap, matrix) as what it is in memory
+
+
+def _place(array: Array) -> str:
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def _listed(names: dict[str, str]) -> str:
+    return ", ".join(f"{name}: {what}" for name, what in names.items())
 
 
 def room(xp: ModuleType, name: str) -> ModuleType:
@@ -71,16 +109,18 @@ def bits(array: Array) -> Array:
     The same memory as kernels see it: C-contiguous, small floats as unsigned bit patterns.
 
     float32, float64 and integers keep their dtype; float16, bfloat16 and the float8 family become
-    uint16 and uint8. An array that is not C-contiguous is copied. A read-only NumPy array loses its
-    flag, so that one compiled kernel serves both; kernels never write their inputs.
+    uint16 and uint8. An array that is not C-contiguous is copied: outputs are checked first
+    (`_check.output`). A read-only NumPy array loses its flag, so that one compiled kernel serves both;
+    kernels never write their inputs.
     """
-    if not array.flags.c_contiguous:
-        array = array.copy(order="C") if isinstance(array, np.ndarray) else array.copy()
+    # the view comes first: CuPy holds float8 arrays as labels only and cannot copy them
     if array.dtype.kind == "V" or array.dtype.itemsize < 4 and array.dtype.kind == "f":
         array = array.view(f"u{array.dtype.itemsize}")
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        array = _dlpack.writeable_alias(array)
-    return array
+    if not isinstance(array, np.ndarray):
+        return array if array.flags.c_contiguous else array.copy()
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        return array.copy(order="C")
+    return array if array.flags.writeable else _dlpack.writeable_alias(array)
 
 
 def float32_scalar(value: float) -> Any:

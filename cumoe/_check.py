@@ -76,6 +76,24 @@ def writeable(name: str, array: Any) -> None:
         raise ValueError(f"{name} must be writeable, got a read-only array; pass a copy")
 
 
+def contiguous(name: str, array: Any) -> None:
+    """Raise ValueError unless the array is C-contiguous."""
+    if not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be C-contiguous, got strides {tuple(array.strides)} for shape {tuple(array.shape)}; "
+            "pass a separate array or out=None"
+        )
+
+
+def output(name: str, out: Any, letters: str, expected: tuple[int, ...], dtype_name: str, **inputs: Any) -> None:
+    """Check an array that the caller gave to be written: shape, dtype, layout, and no shared memory with `inputs`."""
+    shape(name, out, letters, expected)
+    dtype(name, out, (dtype_name,))
+    contiguous(name, out)
+    writeable(name, out)
+    no_overlap(name, out, **inputs)
+
+
 def byte_bounds(array: Any) -> tuple[int, int]:
     """First byte address of `array` and the one after its last, for NumPy and CuPy arrays."""
     start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
