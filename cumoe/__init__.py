@@ -12,7 +12,7 @@ from cumoe._version import __version__
 # public name -> the module that defines it
 _HOME: dict[str, str] = {}
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604  they are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,7 @@ def bits(array: Array) -> Array:
     kernels never write their inputs.
     """
     # the view comes first: CuPy holds float8 arrays as labels only and cannot copy them
-    if array.dtype.kind == "V" or array.dtype.itemsize < 4 and array.dtype.kind == "f":
+    if array.dtype.kind == "V" or (array.dtype.itemsize < 4 and array.dtype.kind == "f"):
         array = array.view(f"u{array.dtype.itemsize}")
     if not isinstance(array, np.ndarray):
         return array if array.flags.c_contiguous else array.copy()

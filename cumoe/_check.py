@@ -38,9 +38,8 @@ def dtype(name: str, array: Any, allowed: Collection[str]) -> None:
 def same_dtype(name: str, array: Any, other_name: str, other: Any) -> None:
     """Raise TypeError unless both arrays have one dtype."""
     if array.dtype != other.dtype:
-        raise TypeError(
-            f"{name} must have the dtype of {other_name} = {other.dtype.name}, got {array.dtype.name}; convert one of them"
-        )
+        wanted, got = other.dtype.name, array.dtype.name
+        raise TypeError(f"{name} must have the dtype of {other_name} = {wanted}, got {got}; convert one of them")
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
