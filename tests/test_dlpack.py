@@ -225,7 +225,7 @@ def test_hundreds_of_rounds_leak_nothing():
         tensor = torch.ones(250_000, dtype=torch.bfloat16)  # 0.5 MB
         side, (inside,) = _arrays.enter(x=tensor)
         result = np.array(inside)
-        live.append(weakref.ref(result))
+        live.extend((weakref.ref(tensor), weakref.ref(result)))
         assert side.leave(result).dtype == torch.bfloat16
 
     live = []
