@@ -1,5 +1,6 @@
 """Every refusal names the argument, the rule and both numbers."""
 
+import ml_dtypes  # noqa: F401  names the dtypes
 import numpy as np
 import pytest
 
