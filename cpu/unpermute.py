@@ -1,0 +1,104 @@
+"""
+Add the rows that belong to a token, back in token order.
+
+    out[t, h] = sum over j ascending of weight[t, j] * y[row[t, j], h]
+
+float32 multiply, float32 add, one rounding at the store; the sum starts at +0, so the bits depend on the
+token's own rows only. A row below 0 is skipped and never read.
+"""
+
+import functools
+
+import numba
+import numpy as np
+
+from cumoe.cpu import bits
+from cumoe.cpu._jit import jit
+
+_TILE = 512  # float32 sums of one tile of columns stay in the first-level cache
+_PARALLEL_ELEMENTS = 1 << 16  # below this, waking the threads costs more than it saves
+
+# constants of the templates below; jit(...) sets them
+LOAD, STORE = bits.CODECS["float32"]
+WEIGHTED = True
+
+
+def unpermute(y, topk_weights, inv_permuted_idx, out, dtype):
+    """
+    Write ``out`` (T, H) from the rows of ``y`` (R, >= H), whose inner axis is contiguous.
+
+    `topk_weights` is float32 (T, k), or None to add the rows unweighted. `inv_permuted_idx` (T, k) is
+    int32 or int64, < 0 for a skipped choice. `dtype` names what the bits of `y` and `out` mean:
+    float32, bfloat16 or float16.
+    """
+    if out.size == 0:
+        return
+    flat, row_stride = _flat_rows(y)
+    _run(flat, row_stride, 1, topk_weights, inv_permuted_idx, out, dtype)
+
+
+def _flat_rows(y):
+    """The memory of a 2-D array as one contiguous vector, and the distance of its rows in elements."""
+    stride, rest = divmod(y.strides[0], y.itemsize)
+    if y.size == 0 or rest or stride < 0 or y.strides[1] != y.itemsize:
+        return np.ascontiguousarray(y).reshape(-1), y.shape[1]
+    length = (y.shape[0] - 1) * stride + y.shape[1]
+    return np.lib.stride_tricks.as_strided(y, (length,), (y.itemsize,)), stride
+
+
+def _run(flat, row_stride, column_stride, weights, rows, out, dtype, keep=False):
+    weighted = weights is not None
+    if not weighted:
+        weights = np.empty((0, 0), np.float32)
+    arrays = flat, row_stride, column_stride, weights, rows, out, keep
+    if rows.size * out.shape[1] < _PARALLEL_ELEMENTS:
+        _loop(dtype, weighted, False)(*arrays, 0, out.shape[0])
+    else:
+        _loop(dtype, weighted, True)(*arrays, min(out.shape[0], 8 * numba.get_num_threads()))
+
+
+@functools.cache
+def _loop(dtype, weighted, parallel):
+    load, store = bits.CODECS[dtype]
+    loop = jit(LOAD=load, STORE=store, WEIGHTED=weighted)(_combine)
+    if parallel:  # LOAD and WEIGHTED only tell the compiled files apart
+        loop = jit(parallel=True, COMBINE=loop, LOAD=load, WEIGHTED=weighted)(_combine_blocks)
+    return loop
+
+
+def _combine(flat, row_stride, column_stride, weights, rows, out, keep, first, last):
+    num_columns = out.shape[1]
+    sums = np.empty(_TILE, np.float32)
+    for t in range(first, last):
+        if keep:  # a token without any row keeps what `out` holds
+            used = False
+            for j in range(rows.shape[1]):
+                used |= rows[t, j] >= 0
+            if not used:
+                continue
+        for start in range(0, num_columns, _TILE):
+            width = min(_TILE, num_columns - start)
+            sums[:] = 0
+            for j in range(rows.shape[1]):
+                if rows[t, j] < 0:
+                    continue
+                row = np.int64(rows[t, j]) * row_stride + start * column_stride
+                weight = weights[t, j] if WEIGHTED else np.float32(1)
+                if column_stride == 1:
+                    y = flat[row : row + width]
+                    for h in range(width):
+                        sums[h] += weight * LOAD(y[h]) if WEIGHTED else LOAD(y[h])
+                else:
+                    for h in range(width):
+                        value = LOAD(flat[row + h * column_stride])
+                        sums[h] += weight * value if WEIGHTED else value
+            tile = out[t, start : start + width]
+            for h in range(width):
+                tile[h] = STORE(sums[h])
+
+
+def _combine_blocks(flat, row_stride, column_stride, weights, rows, out, keep, num_blocks):
+    num_tokens = out.shape[0]
+    for b in numba.prange(num_blocks):
+        first, last = b * num_tokens // num_blocks, (b + 1) * num_tokens // num_blocks
+        COMBINE(flat, row_stride, column_stride, weights, rows, out, keep, first, last)  # noqa: F821
