@@ -46,13 +46,14 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return `value` as an int, or raise unless ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         rule = f">= {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be {rule}, got {value}")
-    return int(value)
+        raise ValueError(f"{name} must be {rule}, got {number}")
+    return number
 
 
-def choice(name: str, value: Any, allowed: Collection[str]) -> None:
+def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be {_either(allowed)}, got {value!r}")
@@ -103,6 +104,6 @@ def byte_bounds(array: Any) -> tuple[int, int]:
     return low, high
 
 
-def _either(allowed: Collection[str]) -> str:
-    names = list(allowed)
+def _either(allowed: Collection[Any]) -> str:
+    names = [str(one) for one in allowed]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
