@@ -21,6 +21,7 @@ _PARALLEL_ELEMENTS = 1 << 16  # below this, waking the threads costs more than i
 # constants of the templates below; jit(...) sets them
 LOAD, STORE = bits.CODECS["float32"]
 WEIGHTED = True
+ADD_ROW = STORE_ROW = COMBINE = None
 
 
 def unpermute(y, topk_weights, inv_permuted_idx, out, dtype):
@@ -60,45 +61,48 @@ def _run(flat, row_stride, column_stride, weights, rows, out, dtype, keep=False)
 @functools.cache
 def _loop(dtype, weighted, parallel):
     load, store = bits.CODECS[dtype]
-    loop = jit(LOAD=load, STORE=store, WEIGHTED=weighted)(_combine)
-    if parallel:  # LOAD and WEIGHTED only tell the compiled files apart
-        loop = jit(parallel=True, COMBINE=loop, LOAD=load, WEIGHTED=weighted)(_combine_blocks)
-    return loop
-
-
-def _combine(flat, row_stride, column_stride, weights, rows, out, keep, first, last):
-    num_columns = out.shape[1]
-    sums = np.empty(_TILE, np.float32)
-    for t in range(first, last):
-        if keep:  # a token without any row keeps what `out` holds
-            used = False
-            for j in range(rows.shape[1]):
-                used |= rows[t, j] >= 0
-            if not used:
-                continue
-        for start in range(0, num_columns, _TILE):
-            width = min(_TILE, num_columns - start)
-            sums[:] = 0
-            for j in range(rows.shape[1]):
-                if rows[t, j] < 0:
-                    continue
-                row = np.int64(rows[t, j]) * row_stride + start * column_stride
-                weight = weights[t, j] if WEIGHTED else np.float32(1)
-                if column_stride == 1:
-                    y = flat[row : row + width]
-                    for h in range(width):
-                        sums[h] += weight * LOAD(y[h]) if WEIGHTED else LOAD(y[h])
-                else:
-                    for h in range(width):
-                        value = LOAD(flat[row + h * column_stride])
-                        sums[h] += weight * value if WEIGHTED else value
-            tile = out[t, start : start + width]
-            for h in range(width):
-                tile[h] = STORE(sums[h])
+    kind = {"LOAD": load, "STORE": store, "WEIGHTED": weighted}  # also tells the compiled files apart
+    loop = jit(ADD_ROW=jit(**kind)(_add_row), STORE_ROW=jit(**kind)(_store_row), **kind)(_combine)
+    return jit(parallel=True, COMBINE=loop, **kind)(_combine_blocks) if parallel else loop
 
 
 def _combine_blocks(flat, row_stride, column_stride, weights, rows, out, keep, num_blocks):
     num_tokens = out.shape[0]
     for b in numba.prange(num_blocks):
         first, last = b * num_tokens // num_blocks, (b + 1) * num_tokens // num_blocks
-        COMBINE(flat, row_stride, column_stride, weights, rows, out, keep, first, last)  # noqa: F821
+        COMBINE(flat, row_stride, column_stride, weights, rows, out, keep, first, last)
+
+
+def _combine(flat, row_stride, column_stride, weights, rows, out, keep, first, last):
+    num_columns = out.shape[1]
+    sums = np.empty(_TILE, np.float32)
+    for t in range(first, last):
+        used = not keep  # with `keep`, a token without any row leaves `out` as it is
+        for j in range(rows.shape[1]):
+            used |= rows[t, j] >= 0
+        if not used:
+            continue
+        for start in range(0, num_columns, _TILE):
+            width = min(_TILE, num_columns - start)
+            sums[:] = 0
+            for j in range(rows.shape[1]):
+                if rows[t, j] < 0:
+                    continue
+                low = np.int64(rows[t, j]) * row_stride + start * column_stride
+                weight = weights[t, j] if WEIGHTED else np.float32(1)
+                if column_stride == 1:
+                    ADD_ROW(sums, weight, flat[low : low + width])
+                else:
+                    ADD_ROW(sums, weight, flat[low : low + width * column_stride : column_stride])
+            STORE_ROW(sums, out[t, start : start + width])
+
+
+# The two inner loops are functions of their own: inside `_combine` LLVM does not turn them into vector code.
+def _add_row(sums, weight, y):
+    for h in range(y.size):
+        sums[h] += weight * LOAD(y[h]) if WEIGHTED else LOAD(y[h])
+
+
+def _store_row(sums, out):
+    for h in range(out.size):
+        out[h] = STORE(sums[h])
