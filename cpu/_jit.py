@@ -22,6 +22,8 @@ from numba.core.caching import FunctionCache, dumps
 
 from cumoe.cpu import _threads
 
+_threads.start()  # every CPU room imports this module before it asks Numba for threads
+
 _HERE = Path(__file__).parent
 _SOURCES = hashlib.sha256(
     b"\0".join(path.name.encode() + path.read_bytes() for path in sorted(_HERE.glob("*.py")))
@@ -79,13 +81,12 @@ def jit(parallel: bool = False, **constants: Any) -> Callable[[Callable[..., Any
     """
 
     def wrap(function: Any) -> Any:
-        if parallel:
-            _threads.start()
         if constants:
             code, scope = function.__code__, {**function.__globals__, **constants}
             special = FunctionType(code, scope, function.__name__, function.__defaults__)
-            names = (getattr(value, "__name__", str(value)) for _, value in sorted(constants.items()))
-            special.__qualname__ = "-".join((function.__qualname__, *names))
+            # the name is part of the cache key and must tell specialisations of specialisations apart
+            named = {name: getattr(value, "__qualname__", repr(value)) for name, value in sorted(constants.items())}
+            special.__qualname__ = f"{function.__qualname__}-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
             special.__module__ = function.__module__
             function = special
         dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy")(function)

@@ -1,0 +1,227 @@
+"""
+Ragged matrix products: each expert's rows of activations times that expert's weights.
+
+Work is cut into tasks (expert, up to 256 of its rows, some panels of its weights) that the threads take
+one after the other from a shared counter, so that uneven routing and a busy core cost little. A task
+writes outputs that no other task touches, and its sums run along K in one fixed order: the result does
+not depend on the number of threads, on how rows are cut, or on the other rows.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import prange
+
+from cumoe.cpu import _amx, _threads, microkernel, pack
+from cumoe.cpu._jit import jit
+from cumoe.cpu.epilogue import epilogue
+
+_MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
+_MAX_ROWS_BYTES = 4 << 20  # of the gathered block of a task
+_PANEL_BYTES = 256 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
+_TASKS_PER_THREAD = 16  # evens out what the threads do
+
+
+def grouped_gemm(
+    x,
+    permuted_idx,
+    top_k,
+    input_scale,
+    weights,
+    expert_first_token_offset,
+    bias,
+    output_scale,
+    activation,
+    interleaved,
+    alpha,
+    beta,
+    limit,
+    dtype,
+    kernel,
+    out,
+):
+    """
+    ``out[r] = activation((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
+
+    Row r belongs to expert e where ``offset[e] <= r < offset[e + 1]`` and reads
+    ``x[permuted_idx[r] // top_k]`` (``x[r]`` if `permuted_idx` is empty); the scales (T*k,) are indexed by
+    pair. Empty arrays mean: not there. `weights` is (E, N, K) or packed (E, panels, words, columns, pair),
+    `activation` "" or a name of `act.SCALAR`; `dtype` names what the bits of `x`, `weights` and `out` mean.
+    Rows outside every expert are neither read nor written.
+    """
+    kern = microkernel.choose(dtype, kernel)
+    gated = bool(activation) and not activation.endswith("_no_mul")
+    outputs = out.shape[1]
+    order = pack.row_order(2 * outputs if gated else outputs, gated, interleaved)
+    side = kern.columns // 2 if gated else kern.columns
+    panels = -(-outputs // side)
+    k_padded = -(-x.shape[1] // kern.k_step) * kern.k_step
+    row_dtype = np.uint16 if kern.row_dtype == "bfloat16" else np.float32
+    most_rows = max(kern.max_rows, min(_MAX_ROWS, _MAX_ROWS_BYTES // (k_padded * row_dtype().itemsize)))
+    most_rows = most_rows // kern.max_rows * kern.max_rows
+
+    workers = numba.get_num_threads()
+    tasks = _tasks(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
+    if not len(tasks):
+        return
+    workers = min(workers, len(tasks))
+    block_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
+    packed = weights.ndim == 5
+    problem = _Problem(
+        x,
+        permuted_idx,
+        top_k,
+        input_scale,
+        weights if packed else _NO_PANELS[weights.dtype.name],
+        _NO_WEIGHTS[weights.dtype.name] if packed else weights,
+        bias,
+        output_scale,
+        *order[:3],
+        side,
+        k_padded,
+        max(1, _PANEL_BYTES // kern.panel_step_bytes),
+        np.float32(alpha),
+        np.float32(beta),
+        np.float32(limit),
+        out,
+    )
+    row_blocks = np.empty((workers, block_rows * k_padded), row_dtype)
+    panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), weights.dtype)
+    sums = np.empty((workers, block_rows, kern.columns), np.float32)
+    _loop(kern, dtype, activation)(problem, tasks, np.zeros(1, np.int64), row_blocks, panel_blocks, sums)
+    _threads.warn_if_slow()
+
+
+class _Problem(NamedTuple):
+    """What every task of a call shares."""
+
+    x: Any
+    permuted_idx: Any
+    top_k: int
+    input_scale: Any
+    panels: Any  # packed weights, or empty
+    weights: Any  # plain weights, or empty
+    bias: Any
+    output_scale: Any
+    first_gate: int  # of a weight row: pack.row_order
+    first_up: int
+    distance: int
+    side: int  # outputs of a panel
+    k_padded: int
+    steps_per_pass: int
+    alpha: Any
+    beta: Any
+    limit: Any
+    out: Any
+
+
+_NO_PANELS = {name: np.empty((0, 0, 0, 0, 0), name) for name in ("float32", "uint16")}
+_NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")}
+
+
+@functools.cache
+def _loop(kernel, dtype, activation):
+    """The compiled loop over tasks."""
+    multiply = jit(tile=kernel.tile, max_rows=kernel.max_rows, row_group=kernel.row_group, k_step=kernel.k_step)(
+        _multiply_panel
+    )
+    worker = jit(
+        multiply=multiply,
+        pack_rows=pack.pack_rows(kernel, dtype),
+        pack_panel=pack.pack_panel(kernel),
+        finish=epilogue(activation, dtype),
+        release=_amx.release if kernel.name == "amx" else _nothing,
+    )(_work)
+    return jit(parallel=True, worker=worker)(_all_workers)
+
+
+@jit()
+def _tasks(offsets, most_rows, panels, wanted):
+    """(expert, first row, rows, first panel, panels) of every task."""
+    experts = offsets.size - 1
+    blocks = 0
+    for e in range(experts):
+        blocks += (offsets[e + 1] - offsets[e] + most_rows - 1) // most_rows
+    group = max(1, min(panels, blocks * panels // wanted))
+    per_block = (panels + group - 1) // group
+    tasks = np.empty((blocks * per_block, 5), np.int64)
+    n = 0
+    for e in range(experts):
+        count = offsets[e + 1] - offsets[e]
+        pieces = (count + most_rows - 1) // most_rows
+        row = offsets[e]
+        for piece in range(pieces):
+            rows = count // pieces + (1 if piece < count % pieces else 0)
+            for panel in range(0, panels, group):
+                tasks[n, 0] = e
+                tasks[n, 1] = row
+                tasks[n, 2] = rows
+                tasks[n, 3] = panel
+                tasks[n, 4] = min(group, panels - panel)
+                n += 1
+            row += rows
+    return tasks
+
+
+@jit()
+def _nothing():
+    """The other kernels hold nothing to release."""
+
+
+# ---- templates; jit(...) gives the names below their values ----
+
+max_rows = row_group = k_step = 0
+tile = multiply = pack_rows = pack_panel = finish = release = worker = None
+
+
+def _all_workers(problem, tasks, counter, row_blocks, panel_blocks, sums):
+    for w in prange(row_blocks.shape[0]):
+        worker(problem, tasks, counter.ctypes.data, row_blocks[w], panel_blocks[w], sums[w])
+
+
+def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pass, sums):
+    """``sums[:rows] = row_block @ panel``, a piece of K at a time so that the piece of the panel stays in cache."""
+    steps = k_padded // k_step
+    group_bytes = row_group * k_padded * row_block.itemsize
+    blocks = (rows + max_rows - 1) // max_rows
+    for step in range(0, steps, steps_per_pass):
+        first_row = 0
+        for block in range(blocks):
+            if row_group == 1:  # blocks of almost one size
+                count = rows // blocks + (1 if block < rows % blocks else 0)
+            else:
+                count = min(max_rows, rows - first_row)
+            tile(
+                count,
+                row_block.ctypes.data + first_row // row_group * group_bytes + step * (group_bytes // steps),
+                group_bytes,
+                panel + step * (panel_bytes // steps),
+                min(steps_per_pass, steps - step),
+                sums.ctypes.data + first_row * sums.shape[1] * 4,
+                step,
+            )
+            first_row += count
+
+
+def _work(problem, tasks, counter, row_block, panel_block, sums):
+    """Take tasks until none is left."""
+    p = problem
+    outputs = p.out.shape[1]
+    panel_bytes = p.k_padded * sums.shape[1] * p.weights.itemsize
+    while True:
+        task = microkernel.next_task(counter)
+        if task >= tasks.shape[0]:
+            break
+        expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
+        pack_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        for panel in range(first_panel, first_panel + tasks[task, 4]):
+            if p.panels.size:
+                panel_address = p.panels.ctypes.data + (expert * p.panels.shape[1] + panel) * panel_bytes
+            else:
+                pack_panel(p.weights, expert, panel, p.first_gate, p.first_up, p.distance, outputs, panel_block)
+                panel_address = panel_block.ctypes.data
+            multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, sums)
+            finish(p, sums, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
+    release()

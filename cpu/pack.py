@@ -1,0 +1,140 @@
+"""
+Operands in the order in which a micro-kernel reads them (layouts: microkernel.py).
+
+Weights become panels, once in `prepare` or panel by panel during a call; rows of activations are
+gathered, scaled and padded into a block that stays in the cache.
+"""
+
+import functools
+
+import numpy as np
+from numba import prange
+
+from cumoe.cpu import microkernel
+from cumoe.cpu._jit import jit
+from cumoe.cpu.bits import CODECS
+
+
+def panel_shape(weights_shape, kernel, gated):
+    """Shape of the packed form of weights (E, N, K): (E, panels, words of K, columns, pair)."""
+    experts, n, k = weights_shape
+    outputs, per_panel = (n // 2, kernel.columns // 2) if gated else (n, kernel.columns)
+    steps = -(-k // kernel.k_step)
+    return experts, -(-outputs // per_panel), steps * kernel.k_step // kernel.pair, kernel.columns, kernel.pair
+
+
+def pack_weights(weights, kernel, dtype, gated, interleaved, out):
+    """Pack (E, N, K) into `out` of `panel_shape`; `dtype` names what the bits of `weights` mean."""
+    _pack_all(microkernel.choose(dtype, kernel))(weights, *row_order(weights.shape[1], gated, interleaved), out)
+
+
+def row_order(n, gated, interleaved):
+    """(first gate row, first up row, distance of neighbours, outputs); up = -1: there is no gate."""
+    if not gated:
+        return 0, -1, 1, n
+    return (0, 1, 2, n // 2) if interleaved else (0, n // 2, 1, n // 2)
+
+
+@functools.cache
+def pack_panel(kernel):
+    """The compiled packer of one panel for `kernel`."""
+    return jit(
+        columns=kernel.columns, lanes=kernel.lanes, pair=kernel.pair, transpose=microkernel.transpose(kernel.lanes)
+    )(_pack_panel)
+
+
+@functools.cache
+def _pack_all(kernel):
+    return jit(parallel=True, pack=pack_panel(kernel))(_pack_panels)
+
+
+@functools.cache
+def pack_rows(kernel, dtype):
+    """The compiled gatherer of activations of `dtype` for `kernel`."""
+    load, store = CODECS[dtype]
+    as_row = CODECS["float32"][0] if kernel.row_dtype == dtype else load
+    template = _pack_rows if kernel.row_group == 1 else _pack_row_groups
+    return jit(load=load, store=store, as_row=as_row)(template)
+
+
+# ---- templates; jit(...) gives the names below their values ----
+
+columns = lanes = pair = 0
+transpose = load = store = as_row = pack = None
+
+
+def _pack_panels(weights, first_gate, first_up, distance, outputs, out):
+    panels = out.shape[1]
+    flat = out.reshape(out.shape[0] * panels, out.shape[2] * out.shape[3] * out.shape[4])
+    for job in prange(flat.shape[0]):
+        pack(weights, job // panels, job % panels, first_gate, first_up, distance, outputs, flat[job])
+
+
+def _pack_panel(weights, expert, panel, first_gate, first_up, distance, outputs, target):
+    """Panel `panel`: the gate rows of its outputs, then their up rows; or plain rows. Padding is zero."""
+    k_size = weights.shape[2]
+    k_padded = target.size // columns
+    word_bytes = pair * weights.itemsize
+    side = columns if first_up < 0 else columns // 2
+    for c0 in range(0, columns, lanes):
+        first = first_gate if c0 < side else first_up
+        i0 = panel * side + c0 % side
+        k_done = 0
+        if i0 + lanes <= outputs:
+            words = k_size // pair // lanes * lanes
+            k_done = words * pair
+            source = weights.ctypes.data + expert * weights.strides[0] + (first + i0 * distance) * weights.strides[1]
+            for word in range(0, words, lanes):
+                transpose(
+                    source + word * word_bytes,
+                    distance * weights.strides[1],
+                    target.ctypes.data + (word * columns + c0) * word_bytes,
+                    columns * word_bytes,
+                )
+        for c in range(c0, c0 + lanes):
+            i = i0 + c - c0
+            for k in range(k_done, k_padded):
+                value = weights[expert, first + i * distance, k] if i < outputs and k < k_size else 0
+                target[(k // pair * columns + c) * pair + k % pair] = value
+
+
+def _pack_rows(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
+    """``target[r] = x[source of row0 + r] (* scale of the pair, rounded to the dtype of x)``, zeros up to k_padded."""
+    k_size = x.shape[1]
+    for r in range(rows):
+        pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
+        line = x[pair_id // top_k]
+        base = r * k_padded
+        if scale.size:
+            factor = scale[pair_id]
+            for k in range(k_size):
+                target[base + k] = as_row(store(load(line[k]) * factor))
+        else:
+            for k in range(k_size):
+                target[base + k] = as_row(line[k])
+        for k in range(k_size, k_padded):
+            target[base + k] = 0
+
+
+def _pack_row_groups(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
+    """The same into groups of 16 rows: (group, k / 32, row in group, 32)."""
+    k_size = x.shape[1]
+    whole = k_size // 32
+    for r in range(rows):
+        pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
+        line = x[pair_id // top_k]
+        base = r // 16 * 16 * k_padded + r % 16 * 32
+        factor = scale[pair_id] if scale.size else np.float32(1)
+        for block in range(whole):
+            piece = line[block * 32 : block * 32 + 32]
+            if scale.size:
+                for k in range(32):
+                    target[base + block * 512 + k] = as_row(store(load(piece[k]) * factor))
+            else:
+                for k in range(32):
+                    target[base + block * 512 + k] = as_row(piece[k])
+        for k in range(whole * 32, k_padded):
+            code = line[k] if k < k_size else 0
+            if scale.size and k < k_size:
+                code = store(load(code) * factor)
+            target[base + k // 32 * 512 + k % 32] = as_row(code)
