@@ -1,0 +1,168 @@
+"""
+What the machine can do at most, measured in the same run as the numbers that are held against it.
+
+    stream   bytes per second of reading memory that no cache holds
+    peak     operations per second of the matrix micro-kernels with their operands in the nearest caches
+    floor    of a problem = max(bytes / stream, operations / peak): no method can be faster
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_CACHES_OVER = 3  # the streamed array is this many times the last-level cache, where memory allows
+_LEAST_BYTES = 256 << 20
+_MOST_BYTES = 2 << 30
+_RUN_FLOPS = 200_000_000  # of one thread between two looks at the clock
+_OPERAND_BYTES = (16 << 10, 32 << 10, 128 << 10)  # few: all in L1; many: less overhead per step of K. The best counts.
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits; `peak_kernel` says what measured the peak."""
+
+    stream_gbs: float
+    stream_bytes: int
+    peak_gflops: float
+    peak_kernel: str
+    threads: int
+
+    def floor_s(self, num_bytes: int, flops: int) -> float:
+        """Seconds below which a problem of so many bytes and operations cannot go."""
+        return max(num_bytes / self.stream_gbs, flops / self.peak_gflops) * 1e-9
+
+    def bound(self, num_bytes: int, flops: int) -> str:
+        """Which of the two limits holds: "memory" or "compute"."""
+        return "memory" if num_bytes / self.stream_gbs >= flops / self.peak_gflops else "compute"
+
+
+def measure(dtype: str, available_bytes: int | None = None) -> Ceilings:
+    """
+    Measure both limits of this machine's CPU for matrices of `dtype`; takes about two seconds.
+
+    The streamed array takes at most a quarter of `available_bytes` and is freed at once.
+    """
+    import numba
+
+    stream, num_bytes = stream_read(stream_bytes(available_bytes))
+    peak, kernel = matmul_peak(dtype)
+    return Ceilings(stream, num_bytes, peak, kernel, numba.get_num_threads())
+
+
+def stream_bytes(available_bytes: int | None = None) -> int:
+    """Bytes that a streaming read should cover here: several times the last-level cache."""
+    wanted = min(_MOST_BYTES, max(_LEAST_BYTES, _CACHES_OVER * last_level_cache_bytes()))
+    return wanted if available_bytes is None else max(1 << 20, min(wanted, available_bytes // 4))
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that Linux reports for the first CPU; 0 if it reports none."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) * units.get(text[-1:], 1))
+    return max(sizes)
+
+
+def stream_read(num_bytes: int) -> tuple[float, int]:
+    """GB/s of reading an array of `num_bytes` once, all threads together: best of a few passes; and its size."""
+    total = np.ones(max(1, num_bytes // 8), np.uint64)  # ones are written, so that every page is really there
+    sums = _stream_loop()
+    sums(total[:64])
+    best = _best(lambda: sums(total), 0.8)
+    return total.nbytes / best * 1e-9, total.nbytes
+
+
+def matmul_peak(dtype: str) -> tuple[float, str]:
+    """GFLOP/s of the micro-kernel that serves `dtype` here, all threads together; and the kernel's name."""
+    import numba
+
+    from cumoe.cpu import microkernel
+
+    kernel = microkernel.choose(dtype)
+    loop = _peak_loop(kernel.name, dtype)
+    threads = numba.get_num_threads()
+    groups = kernel.max_rows // kernel.row_group
+    sums = np.zeros((threads, kernel.max_rows * kernel.columns), np.float32)
+    gflops = []
+    for num_bytes in _OPERAND_BYTES:
+        steps = num_bytes // (kernel.panel_step_bytes + groups * kernel.row_step_bytes)
+        rows = np.zeros((threads, groups * steps * kernel.row_step_bytes), np.uint8)
+        panels = np.zeros((threads, steps * kernel.panel_step_bytes), np.uint8)
+        flops = 2 * kernel.max_rows * kernel.columns * steps * kernel.k_step
+        repeats = max(1, _RUN_FLOPS // flops)
+        run = functools.partial(loop, rows, steps * kernel.row_step_bytes, panels, steps, sums, repeats)
+        run()
+        gflops.append(threads * repeats * flops / _best(run, 0.15) * 1e-9)
+    return max(gflops), kernel.name
+
+
+def _best(run: Callable[[], object], budget_s: float) -> float:
+    """Seconds of the fastest of at least three runs: a ceiling is what the machine does undisturbed."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < budget_s:
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@functools.cache
+def _stream_loop() -> Any:
+    from numba import prange
+
+    from cumoe.cpu._jit import jit
+
+    @jit(parallel=True)
+    def stream(values):  # type: ignore[no-untyped-def]
+        pieces = 64
+        sums = np.zeros(pieces, np.uint64)
+        for piece in prange(pieces):
+            # Integers, because a float sum keeps its order and so its latency.
+            one = np.uint64(0)
+            for i in range(piece * values.size // pieces, (piece + 1) * values.size // pieces):
+                one += values[i]
+            sums[piece] = one
+        return sums
+
+    return stream
+
+
+@functools.cache
+def _peak_loop(name: str, dtype: str) -> Any:
+    from numba import prange
+
+    from cumoe.cpu import _amx, microkernel
+    from cumoe.cpu._jit import jit
+
+    kernel = microkernel.choose(dtype, name)
+    release = _amx.release if name == "amx" else jit()(_nothing)
+    repeat = jit(tile=kernel.tile, max_rows=kernel.max_rows, release=release)(_repeat)
+    return jit(parallel=True, repeat=repeat, prange=prange)(_peak)
+
+
+def _nothing() -> None:
+    """The other kernels hold no registers to release."""
+
+
+# ---- templates; jit(...) gives the names below their values ----
+
+max_rows = 0
+tile = release = repeat = prange = None
+
+
+def _repeat(a, a_stride, panel, steps, sums, repeats):  # type: ignore[no-untyped-def]
+    for _ in range(repeats):
+        tile(max_rows, a, a_stride, panel, steps, sums, 0)
+    release()
+
+
+def _peak(rows, a_stride, panels, steps, sums, repeats):  # type: ignore[no-untyped-def]
+    for w in prange(sums.shape[0]):
+        repeat(rows[w].ctypes.data, a_stride, panels[w].ctypes.data, steps, sums[w].ctypes.data, repeats)
