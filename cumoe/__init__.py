@@ -10,7 +10,36 @@ from typing import Any
 from cumoe._version import __version__
 
 # public name -> the module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "biased_moe_quant_config": "cumoe.config",
+    "fp8_w8a16_moe_quant_config": "cumoe.config",
+    "fp8_w8a8_moe_quant_config": "cumoe.config",
+    "FUSED_MOE_UNQUANTIZED_CONFIG": "cumoe.config",
+    "FusedMoEConfig": "cumoe.config",
+    "FusedMoEParallelConfig": "cumoe.config",
+    "FusedMoEQuantConfig": "cumoe.config",
+    "FusedMoEQuantDesc": "cumoe.config",
+    "get_routing_method_type": "cumoe.config",
+    "gptq_marlin_moe_quant_config": "cumoe.config",
+    "GroupShape": "cumoe.config",
+    "int4_w4a16_moe_quant_config": "cumoe.config",
+    "int4_w4afp8_moe_quant_config": "cumoe.config",
+    "int8_w8a16_moe_quant_config": "cumoe.config",
+    "int8_w8a8_moe_quant_config": "cumoe.config",
+    "mxfp4_moe_quant_config": "cumoe.config",
+    "mxfp4_mxfp8_moe_quant_config": "cumoe.config",
+    "mxfp4_w4a16_moe_quant_config": "cumoe.config",
+    "mxfp4_w4a4_moe_quant_config": "cumoe.config",
+    "mxfp4_w4a8_moe_quant_config": "cumoe.config",
+    "nvfp4_moe_quant_config": "cumoe.config",
+    "nvfp4_w4a16_moe_quant_config": "cumoe.config",
+    "ocp_mx_moe_quant_config": "cumoe.config",
+    "RoutingMethodType": "cumoe.config",
+    "routing_report": "cumoe.inspection",
+    "RoutingReport": "cumoe.inspection",
+    "determine_expert_map": "cumoe.parallel",
+    "round_robin_routing_tables": "cumoe.parallel",
+}
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604  they are strings
 
