@@ -72,12 +72,13 @@ class _Cache(FunctionCache):
         self._cache_file = _CacheFile(self._cache_path, self._impl.filename_base)
 
 
-def jit(parallel: bool = False, **constants: Any) -> Callable[[Callable[..., Any]], Any]:
+def jit(parallel: bool = False, inline: bool = False, **constants: Any) -> Callable[[Callable[..., Any]], Any]:
     """
     Compile a loop: GIL released, NumPy's error model, no fast-math, cached on disk.
 
-    `constants` are globals of the compiled function, so that one template serves several kernels;
-    their names become part of the function's name.
+    `inline` puts a function of numbers into every loop that calls it, however large: a call would keep
+    the loop from becoming vector code. `constants` are globals of the compiled function, so that one
+    template serves several kernels; their names become part of the function's name.
     """
 
     def wrap(function: Any) -> Any:
@@ -86,10 +87,11 @@ def jit(parallel: bool = False, **constants: Any) -> Callable[[Callable[..., Any
             special = FunctionType(code, scope, function.__name__, function.__defaults__)
             # the name is part of the cache key and must tell specialisations of specialisations apart
             named = {name: getattr(value, "__qualname__", repr(value)) for name, value in sorted(constants.items())}
+            named["parallel"] = repr(parallel)
             special.__qualname__ = f"{function.__qualname__}-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
             special.__module__ = function.__module__
             function = special
-        dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy")(function)
+        dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy", forceinline=inline)(function)
         dispatcher._cache = _Cache(function)
         return dispatcher
 
