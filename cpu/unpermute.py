@@ -24,34 +24,68 @@ WEIGHTED = True
 ADD_ROW = STORE_ROW = COMBINE = None
 
 
-def unpermute(y, topk_weights, inv_permuted_idx, out, dtype):
+def unpermute(y, topk_weights, inv_permuted_idx, out, dtype, expert_first_token_offset=None):
     """
     Write ``out`` (T, H) from the rows of ``y`` (R, >= H), whose inner axis is contiguous.
 
     `topk_weights` is float32 (T, k), or None to add the rows unweighted. `inv_permuted_idx` (T, k) is
-    int32 or int64, < 0 for a skipped choice. `dtype` names what the bits of `y` and `out` mean:
-    float32, bfloat16 or float16.
+    int32 or int64; a choice whose row is outside 0..R-1, or at or after the last of
+    `expert_first_token_offset`, is skipped. `dtype` names what the bits of `y` and `out` mean: float32,
+    bfloat16 or float16.
     """
     if out.size == 0:
         return
-    flat, row_stride = _flat_rows(y)
-    _run(flat, row_stride, 1, topk_weights, inv_permuted_idx, out, dtype)
+    num_rows = y.shape[0]
+    if expert_first_token_offset is not None:
+        num_rows = min(num_rows, int(expert_first_token_offset[-1]))
+    if y.strides[1] != y.itemsize:
+        y = np.ascontiguousarray(y)
+    flat, (row_stride, _) = _flat(y)
+    _run(flat, row_stride, 1, num_rows, topk_weights, inv_permuted_idx, out, dtype, False)
 
 
-def _flat_rows(y):
-    """The memory of a 2-D array as one contiguous vector, and the distance of its rows in elements."""
-    stride, rest = divmod(y.strides[0], y.itemsize)
-    if y.size == 0 or rest or stride < 0 or y.strides[1] != y.itemsize:
-        return np.ascontiguousarray(y).reshape(-1), y.shape[1]
-    length = (y.shape[0] - 1) * stride + y.shape[1]
-    return np.lib.stride_tricks.as_strided(y, (length,), (y.itemsize,)), stride
+def weighted_sum(x, topk_weights, topk_ids, expert_map, out, dtype, keep):
+    """
+    Write ``out`` (T, H), the sum over the choices of ``x`` (T, k, H), which may have any strides.
+
+    `topk_weights` is float32 (T, k), or None for ones. With `topk_ids` (T, k), a choice is skipped whose
+    id is < 0 or, where `expert_map` (E,) has entries, outside 0..E-1 or mapped below 0. A token without
+    any choice left becomes 0, or keeps what `out` holds if `keep`.
+    """
+    if out.size == 0:
+        return
+    flat, (token_stride, choice_stride, column_stride) = _flat(x)
+    rows = np.empty(x.shape[:2], np.int64)
+    _choice_offsets(
+        np.empty((0, 0), np.int32) if topk_ids is None else topk_ids, expert_map, token_stride, choice_stride, rows
+    )
+    _run(flat, 1, column_stride, flat.size, topk_weights, rows, out, dtype, keep)
 
 
-def _run(flat, row_stride, column_stride, weights, rows, out, dtype, keep=False):
+def _flat(x):
+    """The memory of an array as one vector, and the strides of its axes in elements; a copy if they are not whole."""
+    if x.size == 0 or any(stride < 0 or stride % x.itemsize for stride in x.strides):
+        x = np.ascontiguousarray(x)
+    strides = tuple(stride // x.itemsize for stride in x.strides)
+    length = 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, strides, strict=True))
+    return np.lib.stride_tricks.as_strided(x, (length if x.size else 0,), (x.itemsize,)), strides
+
+
+@jit()
+def _choice_offsets(topk_ids, expert_map, token_stride, choice_stride, rows):
+    for t in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            expert = np.int64(topk_ids[t, j]) if topk_ids.size > 0 else 0
+            if topk_ids.size > 0 and expert_map.size > 0:
+                expert = np.int64(expert_map[expert]) if 0 <= expert < expert_map.size else -1
+            rows[t, j] = t * token_stride + j * choice_stride if expert >= 0 else -1
+
+
+def _run(flat, row_stride, column_stride, num_rows, weights, rows, out, dtype, keep):
     weighted = weights is not None
     if not weighted:
         weights = np.empty((0, 0), np.float32)
-    arrays = flat, row_stride, column_stride, weights, rows, out, keep
+    arrays = flat, row_stride, column_stride, num_rows, weights, rows, out, keep
     if rows.size * out.shape[1] < _PARALLEL_ELEMENTS:
         _loop(dtype, weighted, False)(*arrays, 0, out.shape[0])
     else:
@@ -66,27 +100,27 @@ def _loop(dtype, weighted, parallel):
     return jit(parallel=True, COMBINE=loop, **kind)(_combine_blocks) if parallel else loop
 
 
-def _combine_blocks(flat, row_stride, column_stride, weights, rows, out, keep, num_blocks):
+def _combine_blocks(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, num_blocks):
     num_tokens = out.shape[0]
     for b in numba.prange(num_blocks):
         first, last = b * num_tokens // num_blocks, (b + 1) * num_tokens // num_blocks
-        COMBINE(flat, row_stride, column_stride, weights, rows, out, keep, first, last)
+        COMBINE(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, first, last)
 
 
-def _combine(flat, row_stride, column_stride, weights, rows, out, keep, first, last):
+def _combine(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, first, last):
     num_columns = out.shape[1]
     sums = np.empty(_TILE, np.float32)
     for t in range(first, last):
         used = not keep  # with `keep`, a token without any row leaves `out` as it is
         for j in range(rows.shape[1]):
-            used |= rows[t, j] >= 0
+            used |= 0 <= rows[t, j] < num_rows
         if not used:
             continue
         for start in range(0, num_columns, _TILE):
             width = min(_TILE, num_columns - start)
             sums[:] = 0
             for j in range(rows.shape[1]):
-                if rows[t, j] < 0:
+                if not 0 <= rows[t, j] < num_rows:
                     continue
                 low = np.int64(rows[t, j]) * row_stride + start * column_stride
                 weight = weights[t, j] if WEIGHTED else np.float32(1)
