@@ -8,6 +8,7 @@ by a hash of everything it depends on (every source of this folder, signature, C
 by a checksum. It is written under a temporary name and renamed, so that a reader sees all of it or none.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -52,14 +53,18 @@ class _CacheFile:
 
     def save(self, key: Any, data: Any) -> None:
         payload = dumps(data)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".writing-")
+        try:
+            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".writing-")
+        except OSError:
+            return
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, self._path(key))
-        except BaseException:
+        except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
-            raise
+            if not isinstance(error, OSError):  # a full disk costs the cache, not the result
+                raise
 
     def flush(self) -> None:
         for path in self._folder.glob(f"{self._base}.*.nbc"):
@@ -92,7 +97,8 @@ def jit(parallel: bool = False, inline: bool = False, **constants: Any) -> Calla
             special.__module__ = function.__module__
             function = special
         dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy", forceinline=inline)(function)
-        dispatcher._cache = _Cache(function)
+        with contextlib.suppress(RuntimeError):  # no folder can be written: every process compiles for itself
+            dispatcher._cache = _Cache(function)
         return dispatcher
 
     return wrap
