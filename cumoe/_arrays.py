@@ -120,7 +120,14 @@ def bits(array: Array) -> Array:
         return array if array.flags.c_contiguous else array.copy()
     if not (array.flags.c_contiguous and array.flags.aligned):
         return array.copy(order="C")
-    return array if array.flags.writeable else _dlpack.writeable_alias(array)
+    return read_only_as_plain(array)
+
+
+def read_only_as_plain(array: Array) -> Array:
+    """The same memory and strides, without the read-only flag of NumPy; for inputs of kernels only."""
+    if not isinstance(array, np.ndarray) or array.flags.writeable:
+        return array
+    return _dlpack.writeable_alias(array)
 
 
 def float32_scalar(value: float) -> Any:

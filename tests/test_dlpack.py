@@ -358,3 +358,13 @@ def test_bits_of_unaligned_memory_are_copied():
     array = np.zeros(17, np.uint8)[1:].view(np.float32)
     assert not array.flags.aligned
     assert _arrays.bits(array).flags.aligned
+
+
+def test_read_only_as_plain_keeps_strides(xp):
+    array = xp.arange(12, dtype=xp.uint16).reshape(3, 4).T
+    assert _arrays.read_only_as_plain(array) is array
+    locked = np.arange(12, dtype=np.uint16).reshape(3, 4).T
+    locked.flags.writeable = False
+    plain = _arrays.read_only_as_plain(locked)
+    assert plain.flags.writeable
+    assert (plain.ctypes.data, plain.strides) == (locked.ctypes.data, locked.strides)
