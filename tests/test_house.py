@@ -37,7 +37,7 @@ LONG_FILES: dict[str, str] = {}
 NUMPYDOC_CHECKS = {
     *("GL01", "GL02", "GL03", "GL05", "GL06", "GL07", "GL08", "GL10"),
     *("SS01", "SS02", "SS03", "SS04", "SS06"),
-    *("PR01", "PR02", "PR03", "PR04", "PR07", "PR10"),
+    *("PR01", "PR02", "PR03", "PR07", "PR10"),
     *("RT01", "YD01"),
 }
 
