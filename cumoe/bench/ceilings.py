@@ -83,8 +83,9 @@ def matmul_peak(dtype: str) -> tuple[float, str]:
     """GFLOP/s of the micro-kernel that serves `dtype` here, all threads together; and the kernel's name."""
     import numba
 
-    from cumoe.cpu import microkernel
+    from cumoe.cpu import _threads, microkernel
 
+    _threads.start()  # before Numba is asked for threads, or it would pick a layer of its own
     kernel = microkernel.choose(dtype)
     loop = _peak_loop(kernel.name, dtype)
     threads = numba.get_num_threads()
