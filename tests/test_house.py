@@ -26,7 +26,7 @@ FRONT, CPU, GPU, REFERENCE = ROOT / "cumoe", ROOT / "cpu", ROOT / "rawkernels", 
 COMPOSERS = {"_moe": "the whole layer", "_batched": "the layer on batched activations"}
 
 # what may print and import freely: they run, nobody imports them
-PROGRAMS = {"cli", "__main__", "bench"}
+PROGRAMS = {"cli", "__main__", "_info", "_demo", "_run", "bench"}
 
 # imported inside functions only, by those who need them
 OPTIONAL = {"cupy", "matplotlib", "IPython", "mpi4py"}
