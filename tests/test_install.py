@@ -34,7 +34,8 @@ def tree(tmp_path_factory):
         if path.is_file():
             shutil.copy(path, folder)
     for name in (*FOLDERS, "tests", "notebooks", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.nb[ci]"))
     (folder / "rawkernels" / "probe.cu").write_text("// code\n")
     (folder / "rawkernels" / "probe.cuh").write_text("// header\n")
     return folder
