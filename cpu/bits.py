@@ -12,19 +12,19 @@ import numpy as np
 from cumoe.cpu._jit import jit
 
 
-@jit()
+@jit(inline=True)
 def float32_from_float32(value):
     """Nothing to do: lets one template serve all three dtypes."""
     return value
 
 
-@jit()
+@jit(inline=True)
 def float32_from_bfloat16(code):
     """The value of a bfloat16 code."""
     return np.uint32(np.uint32(code) << np.uint32(16)).view(np.float32)
 
 
-@jit()
+@jit(inline=True)
 def bfloat16_from_float32(value):
     """The nearest bfloat16 code."""
     u = np.float32(value).view(np.uint32)
@@ -35,7 +35,7 @@ def bfloat16_from_float32(value):
     return np.uint16(np.uint32(quiet if is_nan else nearest) >> np.uint32(16))
 
 
-@jit()
+@jit(inline=True)
 def float32_from_float16(code):
     """The value of a float16 code."""
     sign = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x8000)) << np.uint32(16))
@@ -50,7 +50,7 @@ def float32_from_float16(code):
     return np.uint32(sign | np.uint32(special if size >= np.uint32(0x7C00) else finite)).view(np.float32)
 
 
-@jit()
+@jit(inline=True)
 def float16_from_float32(value):
     """The nearest float16 code."""
     u = np.float32(value).view(np.uint32)

@@ -1,5 +1,5 @@
 """
-Sort the (token, choice) pairs by expert.
+Sort the (token, choice) pairs by expert, and gather rows into that order.
 
 Pair = t * k + j. Rows are the pairs of expert 0 in ascending order, then those of expert 1, and so on:
 a counting sort, stable, and the same for every number of threads.
@@ -11,6 +11,7 @@ import numpy as np
 from cumoe.cpu._jit import jit
 
 _PARALLEL_PAIRS = 50_000  # below this, waking the threads costs more than it saves
+_PARALLEL_BYTES = 1 << 17
 
 
 def sort_by_expert(topk_ids, expert_map, expert_first_token_offset, permuted_idx, inv_permuted_idx):
@@ -95,3 +96,65 @@ def _sort_blocks(ids, expert_map, offsets, permuted_idx, inv_permuted_idx, num_b
             inv_permuted_idx[pair] = next_row[b, e]
             next_row[b, e] += 1
     permuted_idx[row:] = ids.size
+
+
+def sort_by_expert_aligned(
+    topk_ids, expert_map, expert_num_tokens, m_indices, permuted_idx, inv_permuted_idx, alignment
+):
+    """
+    Sort like `sort_by_expert`, each expert's rows starting at a multiple of `alignment`.
+
+    `m_indices` int32 (M_sum,) is the expert of each row, -1 in padding; `permuted_idx` int32 (M_sum,) its
+    pair, T*k in padding; `expert_num_tokens` int32 (E_l,) how many rows of an expert are not padding.
+    """
+    offsets = np.empty(expert_num_tokens.size + 1, np.int64)
+    dense_idx = np.empty(topk_ids.size, np.int32)
+    sort_by_expert(topk_ids, expert_map, offsets, dense_idx, inv_permuted_idx)
+    flat_inv = inv_permuted_idx.reshape(-1)
+    _spread(offsets, dense_idx, expert_num_tokens, m_indices, permuted_idx, flat_inv, alignment)
+
+
+@jit()
+def _spread(offsets, dense_idx, expert_num_tokens, m_indices, permuted_idx, inv_permuted_idx, alignment):
+    m_indices[:] = -1
+    permuted_idx[:] = dense_idx.size
+    first = np.int64(0)
+    for e in range(expert_num_tokens.size):
+        count = offsets[e + 1] - offsets[e]
+        expert_num_tokens[e] = count
+        for i in range(count):
+            pair = dense_idx[offsets[e] + i]
+            m_indices[first + i] = e
+            permuted_idx[first + i] = pair
+            inv_permuted_idx[pair] = first + i
+        first += -(-count // alignment) * alignment
+
+
+def gather_rows(source, permuted_idx, out, top_k):
+    """``out[r] = source[permuted_idx[r] // top_k]``, bytes both; a row without a pair is left as it is."""
+    if out.size < _PARALLEL_BYTES:
+        _gather(source, permuted_idx, out, top_k, 0, out.shape[0])
+    elif out.size > 0:
+        _gather_blocks(source, permuted_idx, out, top_k, min(out.shape[0], 8 * numba.get_num_threads()))
+
+
+@jit()
+def copy_bytes(source, out):
+    """Copy between two vectors; a function of its own, so that it becomes vector code."""
+    for i in range(source.size):
+        out[i] = source[i]
+
+
+@jit()
+def _gather(source, permuted_idx, out, top_k, first, last):
+    for r in range(first, last):
+        t = permuted_idx[r] // top_k
+        if t < source.shape[0]:
+            copy_bytes(source[t], out[r])
+
+
+@jit(parallel=True)
+def _gather_blocks(source, permuted_idx, out, top_k, num_blocks):
+    num_rows = out.shape[0]
+    for b in numba.prange(num_blocks):
+        _gather(source, permuted_idx, out, top_k, b * num_rows // num_blocks, (b + 1) * num_rows // num_blocks)

@@ -11,6 +11,20 @@ from cumoe._version import __version__
 
 # public name -> the module that defines it
 _HOME: dict[str, str] = {
+    "grouped_gemm": "cumoe._grouped_gemm",
+    "fused_experts": "cumoe._moe",
+    "fused_moe": "cumoe._moe",
+    "Plan": "cumoe._plan",
+    "plan": "cumoe._plan",
+    "prepare": "cumoe._prepare",
+    "PreparedExperts": "cumoe._prepare",
+    "Verification": "cumoe._verify",
+    "verify": "cumoe._verify",
+    "batched_moe_align_block_size": "cumoe._align",
+    "count_expert_num_tokens": "cumoe._align",
+    "moe_align_block_size": "cumoe._align",
+    "naive_block_assignment": "cumoe._align",
+    "use_naive_block_assignment": "cumoe._align",
     "biased_moe_quant_config": "cumoe.config",
     "fp8_w8a16_moe_quant_config": "cumoe.config",
     "fp8_w8a8_moe_quant_config": "cumoe.config",

@@ -94,6 +94,26 @@ def output(name: str, out: Any, letters: str, expected: tuple[int, ...], dtype_n
     no_overlap(name, out, **inputs)
 
 
+def topk_ids(array: Any, num_tokens: int | None = None) -> None:
+    """Check expert ids: (T, k), an integer dtype that routers give, fewer than 2**31 pairs."""
+    ndim("topk_ids", array, "(T, k)", 2)
+    dtype("topk_ids", array, ("int32", "int64", "uint32"))
+    if num_tokens is not None:
+        shape("topk_ids", array, "(T, k)", (num_tokens, array.shape[1]))
+    if array.size >= 2**31:
+        raise ValueError(f"topk_ids must have fewer than 2**31 elements, got shape {tuple(array.shape)}")
+
+
+def expert_map(array: Any, num_experts: int | None = None) -> None:
+    """Check a map from global to local experts: (E,) int32; None passes."""
+    if array is None:
+        return
+    ndim("expert_map", array, "(E,)", 1)
+    dtype("expert_map", array, ("int32",))
+    if num_experts is not None:
+        shape("expert_map", array, "(E,)", (num_experts,))
+
+
 def byte_bounds(array: Any) -> tuple[int, int]:
     """First byte address of `array` and the one after its last, for NumPy and CuPy arrays."""
     start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
