@@ -70,18 +70,33 @@ def cpu_features() -> frozenset[str]:
     return frozenset(feature for feature, present in binding.get_host_cpu_features().items() if present)
 
 
+# Micro-kernels, fastest first, and the instruction sets that each needs.
+_NEEDS = {
+    "amx": {"amx-tile", "amx-bf16", "avx512f"},
+    "avx512bf16": {"avx512f", "avx512bf16"},
+    "avx512": {"avx512f"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+_BFLOAT16_ONLY = ("amx", "avx512bf16")
+
+
 @functools.cache
 def names(dtype: str) -> tuple[str, ...]:
-    """The micro-kernels that run here for weights of `dtype`, best first."""
-    has = cpu_features()
-    candidates = (
-        ("amx", dtype == "bfloat16" and {"amx-tile", "amx-bf16", "avx512f"} <= has and _amx.permitted()),
-        ("avx512bf16", dtype == "bfloat16" and {"avx512f", "avx512bf16"} <= has),
-        ("avx512", "avx512f" in has),
-        ("avx2", {"avx2", "fma", "f16c"} <= has),
-        ("portable", True),
-    )
-    return tuple(name for name, runs in candidates if runs)
+    """The micro-kernels that run here for weights of `dtype`, fastest first."""
+    return tuple(name for name in _NEEDS if refusal(name, dtype) is None)
+
+
+def refusal(name: str, dtype: str) -> str | None:
+    """Why the micro-kernel `name` does not run here for weights of `dtype`; None if it does."""
+    if name in _BFLOAT16_ONLY and dtype != "bfloat16":
+        return f"{name}: multiplies bfloat16 only, the weights are {dtype}"
+    missing = _NEEDS[name] - cpu_features()
+    if missing:
+        return f"{name}: the CPU, or what Numba was told of it, lacks {', '.join(sorted(missing))}"
+    if name == "amx" and not _amx.permitted():
+        return "amx: the operating system does not let this process use the tile registers"
+    return None
 
 
 @functools.cache

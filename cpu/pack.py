@@ -15,15 +15,27 @@ from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
 
-def panel_shape(weights_shape, kernel, gated):
+def best_kernel(dtype):
+    """Name of the fastest micro-kernel here for weights of `dtype`."""
+    return microkernel.names(dtype)[0]
+
+
+def refused_kernels(dtype):
+    """Why each faster micro-kernel is not used."""
+    reasons = (microkernel.refusal(name, dtype) for name in ("amx", "avx512bf16", "avx512", "avx2"))
+    return tuple(reason for reason in reasons if reason)
+
+
+def panel_shape(weights_shape, dtype, kernel, gated):
     """Shape of the packed form of weights (E, N, K): (E, panels, words of K, columns, pair)."""
     experts, n, k = weights_shape
+    kernel = microkernel.choose(dtype, kernel)
     outputs, per_panel = (n // 2, kernel.columns // 2) if gated else (n, kernel.columns)
     steps = -(-k // kernel.k_step)
     return experts, -(-outputs // per_panel), steps * kernel.k_step // kernel.pair, kernel.columns, kernel.pair
 
 
-def pack_weights(weights, kernel, dtype, gated, interleaved, out):
+def pack_weights(weights, dtype, kernel, gated, interleaved, out):
     """Pack (E, N, K) into `out` of `panel_shape`; `dtype` names what the bits of `weights` mean."""
     _pack_all(microkernel.choose(dtype, kernel))(weights, *row_order(weights.shape[1], gated, interleaved), out)
 

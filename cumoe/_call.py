@@ -1,0 +1,261 @@
+"""One call of the layer: its arguments checked, its scratch allocated, its steps in order."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cumoe import _arrays, _check, _plan
+from cumoe._arrays import Array
+from cumoe._experts import Experts, take_experts
+from cumoe._prepare import PreparedExperts
+
+_IDS = ("int32", "int64", "uint32")
+_WEIGHTS = ("float32", "float64", "float16", "bfloat16")
+_ON_INPUT = (False, True, "hidden_states", "accumulator")
+
+
+class Scratch(NamedTuple):
+    """Memory between the steps of one piece."""
+
+    expert_first_token_offset: Any  # (E + 1,) int64
+    permuted_idx: Any  # (T*k,) int32, row -> pair
+    inv_permuted_idx: Any  # (T, k) int32, pair -> row, -1 if skipped
+    activated: Any  # (T*k, I)
+    rows: Any  # (T*k, H)
+
+
+class Piece(NamedTuple):
+    """The steps of the layer for some tokens; every array is checked, allocated and bits."""
+
+    xp: ModuleType
+    x: Any
+    experts: Experts
+    topk_weights: Any
+    topk_ids: Any
+    expert_map: Any
+    on_input: bool | str
+    scratch: Scratch
+    out: Any
+
+    def sort(self) -> None:
+        """Sort the pairs by expert."""
+        s = self.scratch
+        _arrays.room(self.xp, "permute").sort_by_expert(
+            self.topk_ids, self.expert_map, s.expert_first_token_offset, s.permuted_idx, s.inv_permuted_idx
+        )
+
+    def first_product(self) -> None:
+        """First product, with gather, bias and activation."""
+        e, s = self.experts, self.scratch
+        weights, nothing = self.topk_weights.reshape(-1), self.topk_weights.reshape(-1)[:0]
+        _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
+            self.x,
+            s.permuted_idx,
+            self.topk_ids.shape[1],
+            weights if self.on_input in (True, "hidden_states") else nothing,
+            e.w1,
+            s.expert_first_token_offset,
+            e.w1_bias,
+            weights if self.on_input == "accumulator" else nothing,
+            e.activation,
+            e.is_interleaved,
+            e.alpha,
+            e.beta,
+            e.limit,
+            e.dtype,
+            e.kernel,
+            s.activated,
+        )
+
+    def second_product(self) -> None:
+        """Second product, with bias and router weight."""
+        e, s = self.experts, self.scratch
+        weights = self.topk_weights.reshape(-1)
+        _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
+            s.activated,
+            s.permuted_idx[:0],
+            1,
+            weights[:0],
+            e.w2,
+            s.expert_first_token_offset,
+            e.w2_bias,
+            weights[:0] if self.on_input else weights,
+            "",
+            False,
+            0.0,
+            0.0,
+            0.0,
+            e.dtype,
+            e.kernel,
+            s.rows,
+        )
+
+    def add_up(self) -> None:
+        """Add the rows of each token."""
+        _arrays.room(self.xp, "unpermute").unpermute(
+            self.scratch.rows, None, self.scratch.inv_permuted_idx, self.out, self.experts.dtype
+        )
+
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    side: Any
+    x: Any
+    experts: Experts
+    topk_weights: Any
+    topk_ids: Any
+    expert_map: Any
+    on_input: bool | str
+    out: Any
+    tokens_per_piece: int
+
+    def pieces(self) -> Iterator[Piece]:
+        """The tokens, as many at a time as the workspace holds; scratch is allocated once."""
+        xp, e, (num_tokens, top_k) = self.side.xp, self.experts, self.topk_ids.shape
+        if num_tokens == 0:
+            return
+        most = min(self.tokens_per_piece, num_tokens)
+        bits = np.float32 if e.dtype == "float32" else np.uint16
+        scratch = Scratch(
+            xp.empty(e.num_experts + 1, np.int64),
+            xp.empty(most * top_k, np.int32),
+            xp.empty((most, top_k), np.int32),
+            xp.empty((most * top_k, e.intermediate_size), bits),
+            xp.empty((most * top_k, e.hidden_size), bits),
+        )
+        for first in range(0, num_tokens, most):
+            last = min(first + most, num_tokens)
+            rows = (last - first) * top_k
+            yield Piece(
+                xp,
+                self.x[first:last],
+                e,
+                self.topk_weights[first:last],
+                self.topk_ids[first:last],
+                self.expert_map,
+                self.on_input,
+                Scratch(
+                    scratch.expert_first_token_offset,
+                    scratch.permuted_idx[:rows],
+                    scratch.inv_permuted_idx[: last - first],
+                    scratch.activated[:rows],
+                    scratch.rows[:rows],
+                ),
+                _arrays.bits(self.out)[first:last],
+            )
+
+    def result(self) -> Array:
+        """The output in the caller's kind."""
+        return self.side.leave(self.out)
+
+
+def enter_call(
+    hidden_states: Array,
+    w1: Array | PreparedExperts,
+    w2: Array | None,
+    topk_weights: Array,
+    topk_ids: Array,
+    activation: str,
+    quant_config: Any,
+    on_input: bool | str,
+    expert_map: Array | None,
+    global_num_experts: int | None,
+    out: Array | None,
+    check: bool,
+    workspace_limit: int | None,
+) -> Call:
+    """Check everything once; nothing after this looks at an argument again."""
+    arrays = {
+        "hidden_states": hidden_states,
+        "topk_weights": topk_weights,
+        "topk_ids": topk_ids,
+        "expert_map": expert_map,
+        "out": out,
+    }
+    if isinstance(w1, PreparedExperts):
+        experts = _prepared(w1, w2, activation, quant_config)
+        side, (x, weights, ids, expert_map, out) = _arrays.enter(**arrays)
+    else:
+        side, experts, x, weights, ids, expert_map, out = take_experts(w1, w2, activation, quant_config, **arrays)
+    _check.choice("apply_router_weight_on_input", on_input, _ON_INPUT)
+    _check.ndim("hidden_states", x, "(T, H)", 2)
+    num_tokens, hidden_size = len(x), experts.hidden_size
+    _check.shape("hidden_states", x, "(T, H)", (num_tokens, hidden_size))
+    _check.dtype("hidden_states", x, (experts.dtype,))
+    _check.ndim("topk_ids", ids, "(T, k)", 2)
+    _check.dtype("topk_ids", ids, _IDS)
+    top_k = ids.shape[1]
+    _check.shape("topk_ids", ids, "(T, k)", (num_tokens, top_k))
+    _check.dtype("topk_weights", weights, _WEIGHTS)
+    _check.shape("topk_weights", weights, "(T, k)", (num_tokens, top_k))
+    _check.integer("T * k", num_tokens * top_k, 0, 2**31 - 1)
+    num_global = _global_experts(experts, expert_map, global_num_experts)
+    if check:
+        _check_values(x, weights, ids, num_global)
+    if out is None:
+        out = side.xp.empty((num_tokens, hidden_size), x.dtype)
+    else:
+        inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "w1": experts.w1, "w2": experts.w2}
+        _check.output("out", out, "(T, H)", (num_tokens, hidden_size), experts.dtype, **inputs)
+    tokens_per_piece = _plan.tokens_per_piece(
+        workspace_limit, num_tokens, top_k, experts.num_experts, hidden_size, experts.intermediate_size, experts.dtype
+    )
+    return Call(
+        side,
+        _arrays.bits(x),
+        experts,
+        _arrays.bits(weights.astype(np.float32, copy=False)),
+        _arrays.bits(ids),
+        side.xp.empty(0, np.int32) if expert_map is None else _arrays.bits(expert_map),
+        on_input,
+        out,
+        tokens_per_piece,
+    )
+
+
+def _prepared(w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
+    if w2 is not None:
+        raise TypeError(f"w2 must be None when w1 is PreparedExperts, got {type(w2).__name__}")
+    if quant_config is not None:
+        raise ValueError("quant_config must be None when w1 is PreparedExperts; pass it to cumoe.prepare")
+    if activation not in ("silu", w1.activation):
+        raise ValueError(f"activation must be that of w1 = {w1.activation!r}, got {activation!r}; prepare w1 for it")
+    return w1.experts
+
+
+def _global_experts(experts: Experts, expert_map: Any, global_num_experts: int | None) -> int:
+    if expert_map is not None:
+        _check.ndim("expert_map", expert_map, "(global_num_experts,)", 1)
+        _check.dtype("expert_map", expert_map, ("int32",))
+    count = experts.num_experts if expert_map is None else len(expert_map)
+    if global_num_experts is None:
+        return count
+    _check.integer("global_num_experts", global_num_experts, experts.num_experts)
+    if expert_map is not None:
+        _check.shape("expert_map", expert_map, "(global_num_experts,)", (global_num_experts,))
+    return global_num_experts
+
+
+def _check_values(x: Any, weights: Any, ids: Any, num_experts: int) -> None:
+    """The checks that read data, for ``check=True``."""
+    wide = ids.astype(np.int64)
+    outside = (wide >= num_experts) | (wide < -1)
+    if bool(outside.any()):
+        t, j = (int(i[0]) for i in outside.nonzero())
+        raise ValueError(
+            f"topk_ids must be in 0..{num_experts - 1}, or -1 to skip, got {int(wide[t, j])} for token {t}, choice {j}"
+        )
+    ordered = wide * (weights != 0) - (weights == 0)  # a choice of weight 0 may repeat another: it adds nothing
+    ordered.sort(axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if bool(twice.any()):
+        t, j = (int(i[0]) for i in twice.nonzero())
+        raise ValueError(f"topk_ids must be distinct in a row, got {int(ordered[t, j])} twice for token {t}")
+    for name, array in (("hidden_states", x), ("topk_weights", weights)):
+        finite = abs(array.astype(np.float32)) < np.inf
+        if not bool(finite.all()):
+            t, j = (int(i[0]) for i in (~finite).nonzero())
+            raise ValueError(f"{name} must be finite, got {float(array[t, j])} at [{t}, {j}]")

@@ -1,0 +1,113 @@
+"""The weights of an MoE layer, checked: what `fused_experts`, `prepare` and `verify` have in common."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cumoe import _arrays, _check
+from cumoe._act import is_gated, is_interleaved, parameters
+from cumoe._arrays import Array, Side
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Experts(NamedTuple):
+    """Weights as kernels see them; sizes and names in the words of design.md."""
+
+    w1: Any  # bits: (E, 2I, H) or packed
+    w2: Any  # bits: (E, H, I) or packed
+    w1_bias: Any  # float32 (E, 2I), or (0, 0)
+    w2_bias: Any  # float32 (E, H), or (0, 0)
+    dtype: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    alpha: float
+    beta: float
+    limit: float  # inf: no clamp
+    kernel: str
+
+    @property
+    def is_gated(self) -> bool:
+        """Rows of `w1` come in pairs."""
+        return is_gated(self.activation)
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Gate and up rows alternate."""
+        return is_interleaved(self.activation)
+
+    @property
+    def is_packed(self) -> bool:
+        """Weights are panels."""
+        return int(self.w1.ndim) == 5
+
+
+def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arrays: Array) -> tuple[Any, ...]:
+    """
+    Check weights, biases and activation against each other; take in further `arrays` through the same door.
+
+    Returns (side, experts, the arrays in their order).
+    """
+    alpha, beta, limit = parameters(activation, quant_config)
+    _refuse_quantised(quant_config)
+    biases = {} if quant_config is None else {"w1_bias": quant_config.w1_bias, "w2_bias": quant_config.w2_bias}
+    side, (w1, w2, w1_bias, w2_bias, *others) = _arrays.enter(
+        w1=w1, w2=w2, w1_bias=biases.get("w1_bias"), w2_bias=biases.get("w2_bias"), **arrays
+    )
+    _check.ndim("w1", w1, "(E, 2I, H)", 3)
+    _check.ndim("w2", w2, "(E, H, I)", 3)
+    _check.dtype("w1", w1, DTYPES)
+    _check.same_dtype("w2", w2, "w1", w1)
+    num_experts, rows, hidden_size = w1.shape
+    intermediate_size = w2.shape[2]
+    for letter, size in (("E", num_experts), ("H", hidden_size), ("I", intermediate_size)):
+        if size < 1:
+            raise ValueError(f"w1 and w2 must have {letter} >= 1, got shapes {tuple(w1.shape)} and {tuple(w2.shape)}")
+    letters, factor = ("(E, 2I, H)", 2) if is_gated(activation) else ("(E, I, H)", 1)
+    _check.shape("w2", w2, "(E, H, I)", (num_experts, hidden_size, intermediate_size))
+    _check.shape("w1", w1, letters, (num_experts, factor * intermediate_size, hidden_size))
+    experts = Experts(
+        _weight_bits(w1),
+        _weight_bits(w2),
+        _bias(side, "w1_bias", w1_bias, letters[:-4] + ")", (num_experts, rows)),
+        _bias(side, "w2_bias", w2_bias, "(E, H)", (num_experts, hidden_size)),
+        w1.dtype.name,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        activation,
+        alpha,
+        beta,
+        np.inf if limit is None else limit,
+        _arrays.room(side.xp, "pack").best_kernel(w1.dtype.name),
+    )
+    return (side, experts, *others)
+
+
+def _weight_bits(weights: Array) -> Array:
+    """Bits of weights whose rows lie anywhere; copied only if the elements of a row are not neighbours."""
+    if weights.dtype.itemsize == 2:
+        weights = weights.view("u2")
+    if weights.strides[2] != weights.itemsize and weights.shape[2] > 1:
+        return _arrays.bits(weights)
+    return _arrays.read_only_as_plain(weights)
+
+
+def _bias(side: Side, name: str, bias: Array, letters: str, shape: tuple[int, int]) -> Array:
+    if bias is None:
+        return side.xp.empty((0, 0), np.float32)
+    _check.shape(name, bias, letters, shape)
+    _check.dtype(name, bias, DTYPES)
+    return _arrays.bits(bias.astype(np.float32))
+
+
+def _refuse_quantised(quant_config: Any) -> None:
+    if quant_config is None:
+        return
+    for desc in (quant_config._a1, quant_config._a2, quant_config._w1, quant_config._w2):
+        if desc.dtype is not None:
+            raise NotImplementedError(
+                f"no kernel for quant_config with dtype {desc.dtype!r}; available: unquantised, biased"
+            )

@@ -1,0 +1,147 @@
+"""Weights in the order in which the kernels read them, made once and used by every call."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cumoe import _arrays, _check
+from cumoe._arrays import Array
+from cumoe._experts import Experts, take_experts
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedExperts:
+    """
+    The weights of an MoE layer, packed for one kernel of one side; made by `prepare`.
+
+    Accepted wherever `w1` and `w2` are: ``fused_experts(x, prepared, None, ...)``. The bits of the
+    results are those of the unpacked weights.
+
+    Attributes
+    ----------
+    num_experts, hidden_size, intermediate_size : int
+        E, H and I.
+    activation : str
+        Activation that the rows of `w1` are ordered for; another one of the same kind works too.
+    kernel : str
+        Micro-kernel that the layout belongs to.
+    dtype : str
+        What the packed words mean.
+    """
+
+    experts: Experts
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts held here."""
+        return self.experts.num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.experts.hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.experts.intermediate_size
+
+    @property
+    def activation(self) -> str:
+        """Activation that the rows of `w1` are ordered for."""
+        return self.experts.activation
+
+    @property
+    def kernel(self) -> str:
+        """Micro-kernel that the layout belongs to."""
+        return self.experts.kernel
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' dtype."""
+        return self.experts.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both packed weights."""
+        return int(self.experts.w1.nbytes + self.experts.w2.nbytes)
+
+    def __repr__(self) -> str:
+        e = self.experts
+        return (
+            f"PreparedExperts(E={e.num_experts}, H={e.hidden_size}, I={e.intermediate_size}, {e.dtype}, "
+            f"{e.activation!r}, kernel={e.kernel!r}, {self.nbytes / 1e6:.1f} MB)"
+        )
+
+
+def prepare(
+    w1: Array,
+    w2: Array,
+    *,
+    quant_config: Any = None,
+    activation: str = "silu",
+    device: str | None = None,
+    out: PreparedExperts | None = None,
+) -> PreparedExperts:
+    """
+    Pack the weights of an MoE layer for the kernels, once.
+
+    Parameters
+    ----------
+    w1 : (E, 2I, H) array, float32, float16 or bfloat16
+        Gate rows 0..I-1, then up rows I..2I-1, for each expert; gate rows even and up rows odd for an
+        interleaved activation; (E, I, H) for an activation without gate. Any strides.
+    w2 : (E, H, I) array
+        Of the dtype of `w1`.
+    quant_config : FusedMoEQuantConfig, optional
+        Holds the biases and the parameters of the activation.
+    activation : str, default "silu"
+        Name of an activation; decides how the rows of `w1` pair up.
+    device : {"cpu"}, optional
+        Where the packed weights live; the arrays must be there already.
+    out : PreparedExperts, optional
+        Made by an earlier call for weights of the same shapes: its memory is filled again (new weights
+        under captured graphs and live references) and `out` is returned.
+
+    Returns
+    -------
+    PreparedExperts
+        Owns its memory; `w1` and `w2` may be freed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arrays that do not fit each other.
+    NotImplementedError
+        Quantised weights.
+
+    Notes
+    -----
+    Reads and writes all weights once; the packed form has their size, rounded up to whole panels.
+
+    Examples
+    --------
+    >>> import cumoe, numpy as np
+    >>> w1, w2 = np.ones((4, 64, 32), "float32"), np.ones((4, 32, 32), "float32")
+    >>> prepared = cumoe.prepare(w1, w2)
+    >>> prepared.num_experts, prepared.hidden_size, prepared.intermediate_size
+    (4, 32, 32)
+    """
+    if device is not None:
+        _check.choice("device", device, ("cpu",))
+    side, experts = take_experts(w1, w2, activation, quant_config)
+    if experts.is_packed:
+        raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; it is prepared already")
+    room = _arrays.room(side.xp, "pack")
+    gating = {"w1": experts.is_gated, "w2": False}
+    packed = {} if out is None else {"w1": out.experts.w1, "w2": out.experts.w2}
+    for name, gated in gating.items():
+        weights = getattr(experts, name)
+        shape = room.panel_shape(weights.shape, experts.dtype, experts.kernel, gated)
+        target = packed.setdefault(name, side.xp.empty(shape, weights.dtype) if out is None else None)
+        if target.shape != shape or target.dtype != weights.dtype:
+            raise ValueError(
+                f"out must hold packed {name} of shape {shape}, got {tuple(target.shape)}; "
+                "it was prepared for other sizes, another dtype or another CPU"
+            )
+        room.pack_weights(weights, experts.dtype, experts.kernel, gated, experts.is_interleaved and gated, target)
+    return PreparedExperts(experts._replace(**packed)) if out is None else out

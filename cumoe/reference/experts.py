@@ -1,0 +1,138 @@
+"""
+The expert computation in float64, with a bound on the error that any honest float32 computation makes.
+
+For token t, choice j, e = expert_map[topk_ids[t, j]], skipped if e is outside 0..E-1:
+
+    x' = x[t] * w[t, j]             only with the router weight on the input, rounded
+    h  = x' @ w1[e].T + b1[e]       (* w[t, j] in the mode "accumulator"), rounded
+    a  = act(h)                     rounded
+    y  = (a @ w2[e].T + b2[e]) * w[t, j]   without w if it was on the input, rounded
+    out[t] = sum over j of y        rounded
+
+"Rounded" is what a computation may do: each arrow adds at most one rounding to the dtype of the
+activations; the float64 value has none. The bound is a forward error analysis of these lines, so it
+holds for every input, not for typical ones (features: rounding.py; activations: act.py).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cumoe.reference import act
+from cumoe.reference.rounding import FLUSH, SUM_UNIT, gamma, rounded
+
+
+class Bounded(NamedTuple):
+    """A value and the largest error that a computation of it may have, elementwise, float64."""
+
+    value: np.ndarray
+    error: np.ndarray
+
+
+def fused_experts(
+    hidden_states: np.ndarray,
+    w1: np.ndarray,
+    w2: np.ndarray,
+    topk_weights: np.ndarray,
+    topk_ids: np.ndarray,
+    *,
+    activation: str = "silu",
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
+    w1_bias: np.ndarray | None = None,
+    w2_bias: np.ndarray | None = None,
+    apply_router_weight_on_input: bool | str = False,
+    expert_map: np.ndarray | None = None,
+) -> Bounded:
+    """The formula of this file for every row of `hidden_states`, (T, H) float64 both."""
+    num_tokens, hidden_size = hidden_states.shape
+    dtype = hidden_states.dtype
+    x = hidden_states.astype(np.float64)
+    weights = np.asarray(topk_weights).astype(np.float32).astype(np.float64)
+    experts = local_experts(topk_ids, len(w1), expert_map)
+    out = np.zeros((num_tokens, hidden_size))
+    size = np.zeros_like(out)
+    error = np.zeros_like(out)
+    for e in np.unique(experts[experts >= 0]):
+        tokens, choices = np.nonzero(experts == e)
+        weight = weights[tokens, choices][:, None]
+        first = Bounded(x[tokens], np.zeros((len(tokens), hidden_size)))
+        if apply_router_weight_on_input in (True, "hidden_states"):
+            value = first.value * weight
+            first = Bounded(value, rounded(value, SUM_UNIT * np.abs(value), dtype))
+        h = linear(first, w1[e], None if w1_bias is None else w1_bias[e])
+        if apply_router_weight_on_input == "accumulator":
+            h = scaled(h, weight)
+        h = Bounded(h.value, rounded(h.value, h.error, dtype))
+        a = activated(h, activation, alpha, beta, limit)
+        a = Bounded(a.value, rounded(a.value, a.error, dtype))
+        y = linear(a, w2[e], None if w2_bias is None else w2_bias[e])
+        if not apply_router_weight_on_input:
+            y = scaled(y, weight)
+        np.add.at(out, tokens, y.value)
+        np.add.at(size, tokens, np.abs(y.value))
+        np.add.at(error, tokens, rounded(y.value, y.error, dtype))
+    with np.errstate(invalid="ignore", over="ignore"):
+        error += gamma(topk_ids.shape[1]) * (size + error)
+        return Bounded(out, unknown_is_infinite(rounded(out, error, dtype)))
+
+
+def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None) -> Bounded:
+    """``x @ weights.T + bias`` summed in float32."""
+    w = weights.astype(np.float64)
+    b = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
+    terms = w.shape[1] + 2
+    with np.errstate(invalid="ignore", over="ignore"):
+        magnitude = np.abs(x.value) + x.error
+        size = magnitude @ np.abs(w).T + np.abs(b)
+        # subnormal operands and products may count as zero
+        flushed = FLUSH * (magnitude.sum(axis=1)[:, None] + np.abs(w).sum(axis=1) + 2 * terms)
+        error = x.error @ np.abs(w).T + gamma(terms) * size + flushed
+        return Bounded(x.value @ w.T + b, unknown_is_infinite(error))
+
+
+def scaled(x: Bounded, factor: np.ndarray) -> Bounded:
+    """``x * factor``, one float32 product."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(factor) * x.error * (1 + SUM_UNIT) + SUM_UNIT * np.abs(x.value * factor) + FLUSH
+        return Bounded(x.value * factor, unknown_is_infinite(error))
+
+
+def activated(h: Bounded, activation: str, alpha: float | None, beta: float | None, limit: float | None) -> Bounded:
+    """The activation of act.py on the gate and up columns of `h`."""
+    rule = act.ACTIVATIONS[activation]
+    parameters = rule.parameters(alpha, beta, limit)
+    (gate, up), (gate_error, up_error) = act.split(h.value, activation), act.split(h.error, activation)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = rule.error(gate, up, gate_error, up_error, *parameters)
+        return Bounded(rule.value(gate, up, *parameters), unknown_is_infinite(error))
+
+
+def local_experts(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray | None) -> np.ndarray:
+    """The row of the weights that each choice uses, int64, -1 if it is skipped."""
+    ids = topk_ids.astype(np.int64)
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < len(expert_map))
+        ids = np.where(known, expert_map[np.where(known, ids, 0)].astype(np.int64), -1)
+    return np.where((ids >= 0) & (ids < num_experts), ids, -1)
+
+
+def unknown_is_infinite(error: np.ndarray) -> np.ndarray:
+    """Inf where the analysis says nothing (an operand was not finite or overflowed on the way)."""
+    return np.where(np.isnan(error), np.inf, error)
+
+
+def ratio(out: Any, bounded: Bounded) -> np.ndarray:
+    """
+    ``|out - value| / error`` elementwise; at most 1 for a right result.
+
+    Where `value` is not finite, `out` must be neither. Where the bound is infinite, anything goes.
+    """
+    computed = np.asarray(out).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        distance = np.abs(computed - bounded.value)
+        quotient = np.where(distance == 0, 0.0, distance / bounded.error)
+    quotient = np.where(np.isnan(quotient), np.inf, quotient)
+    quotient = np.where(np.isinf(bounded.error), 0.0, quotient)
+    return np.where(np.isfinite(bounded.value), quotient, np.where(np.isfinite(computed), np.inf, 0.0))
