@@ -164,6 +164,7 @@ SCALAR = {
     "silu_no_mul": silu_no_mul,
     "gelu_no_mul": gelu_no_mul,
     "gelu_tanh_no_mul": gelu_tanh_no_mul,
+    "gelu_pytorch_tanh_no_mul": gelu_tanh_no_mul,
     "relu_no_mul": relu_no_mul,
     "relu2_no_mul": relu2_no_mul,
     "identity_no_mul": identity_no_mul,
