@@ -176,20 +176,23 @@ ACT = silu
 LOAD, STORE = bits.CODECS["float32"]
 
 
-def _halves(first, last, x, alpha, beta, limit, out):
+def _halves(first, last, arguments):
+    x, alpha, beta, limit, out = arguments
     size = out.shape[1]
     for r in range(first, last):
         for i in range(size):
             out[r, i] = STORE(ACT(LOAD(x[r, i]), LOAD(x[r, size + i]), alpha, beta, limit))
 
 
-def _interleaved(first, last, x, alpha, beta, limit, out):
+def _interleaved(first, last, arguments):
+    x, alpha, beta, limit, out = arguments
     for r in range(first, last):
         for i in range(out.shape[1]):
             out[r, i] = STORE(ACT(LOAD(x[r, 2 * i]), LOAD(x[r, 2 * i + 1]), alpha, beta, limit))
 
 
-def _alone(first, last, x, alpha, beta, limit, out):
+def _alone(first, last, arguments):
+    x, alpha, beta, limit, out = arguments
     for r in range(first, last):
         for i in range(out.shape[1]):
             g = LOAD(x[r, i])

@@ -46,9 +46,10 @@ def grouped_gemm(
     ``out[r] = activation((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
 
     Row r belongs to expert e where ``offset[e] <= r < offset[e + 1]`` and reads
-    ``x[permuted_idx[r] // top_k]`` (``x[r]`` if `permuted_idx` is empty); the scales (T*k,) are indexed by
-    pair. Empty arrays mean: not there. `weights` is (E, N, K) or packed (E, panels, words, columns, pair),
-    `activation` "" or a name of `act.SCALAR`; `dtype` names what the bits of `x`, `weights` and `out` mean.
+    ``x[permuted_idx[r] // top_k]``, or ``x[r]`` if `top_k` is 0. The scales (T*k,) are indexed by pair,
+    which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
+    (E, N, K) or packed (E, panels, words, columns, pair), `activation` "" or a name of `act.SCALAR`;
+    `dtype` names what the bits of `x`, `weights` and `out` mean.
     Rows outside every expert are neither read nor written.
     """
     kern = microkernel.choose(dtype, kernel)

@@ -115,7 +115,7 @@ def _pack_rows(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
     k_size = x.shape[1]
     for r in range(rows):
         pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
-        line = x[pair_id // top_k]
+        line = x[pair_id // top_k if top_k else row0 + r]
         base = r * k_padded
         if scale.size:
             factor = scale[pair_id]
@@ -134,7 +134,7 @@ def _pack_row_groups(x, permuted_idx, top_k, scale, row0, rows, k_padded, target
     whole = k_size // 32
     for r in range(rows):
         pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
-        line = x[pair_id // top_k]
+        line = x[pair_id // top_k if top_k else row0 + r]
         base = r // 16 * 16 * k_padded + r % 16 * 32
         factor = scale[pair_id] if scale.size else np.float32(1)
         for block in range(whole):

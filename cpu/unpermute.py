@@ -64,11 +64,13 @@ def weighted_sum(x, topk_weights, topk_ids, expert_map, out, dtype, keep):
 
 def _flat(x):
     """The memory of an array as one vector, and the strides of its axes in elements; a copy if they are not whole."""
-    if x.size == 0 or any(stride < 0 or stride % x.itemsize for stride in x.strides):
+    if x.flags.c_contiguous:
+        return x.reshape(-1), tuple(stride // x.itemsize for stride in x.strides)
+    if any(stride < 0 or stride % x.itemsize for stride in x.strides):
         x = np.ascontiguousarray(x)
     strides = tuple(stride // x.itemsize for stride in x.strides)
     length = 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, strides, strict=True))
-    return np.lib.stride_tricks.as_strided(x, (length if x.size else 0,), (x.itemsize,)), strides
+    return np.lib.stride_tricks.as_strided(x, (length,), (x.itemsize,)), strides
 
 
 @jit()

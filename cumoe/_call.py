@@ -75,8 +75,8 @@ class Piece(NamedTuple):
         weights = self.topk_weights.reshape(-1)
         _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
             s.activated,
-            s.permuted_idx[:0],
-            1,
+            s.permuted_idx,
+            0,
             weights[:0],
             e.w2,
             s.expert_first_token_offset,

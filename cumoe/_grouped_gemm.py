@@ -92,7 +92,7 @@ def grouped_gemm(
     _arrays.room(xp, "grouped_gemm").grouped_gemm(
         _arrays.bits(a),
         xp.empty(0, np.int32),
-        1,
+        0,
         nothing,
         _arrays.bits(b),
         _arrays.bits(group_offsets.astype(np.int64, copy=False)),

@@ -78,7 +78,7 @@ def call_room(a, weights, offsets, dtype, kernel, n):
     out = np.zeros((len(a), n), bits)
     nothing = np.empty(0, np.float32)
     room.grouped_gemm(
-        a.view(bits), np.empty(0, np.int32), 1, nothing, weights, offsets, np.empty((0, 0), np.float32), nothing,
+        a.view(bits), np.empty(0, np.int32), 0, nothing, weights, offsets, np.empty((0, 0), np.float32), nothing,
         "", False, 0, 0, 0, dtype, kernel, out,
     )  # fmt: skip
     return out.view(dtype)
