@@ -85,11 +85,22 @@ def contiguous(name: str, array: Any) -> None:
         )
 
 
+def aligned(name: str, array: Any) -> None:
+    """Raise ValueError if the elements of a NumPy array lie across the addresses of their type."""
+    if isinstance(array, np.ndarray) and not array.flags.aligned:
+        offset = array.ctypes.data % array.itemsize
+        raise ValueError(
+            f"{name} must be aligned to {array.itemsize} bytes, got an address {offset} bytes off; "
+            "pass a separate array or out=None"
+        )
+
+
 def output(name: str, out: Any, letters: str, expected: tuple[int, ...], dtype_name: str, **inputs: Any) -> None:
     """Check an array that the caller gave to be written: shape, dtype, layout, and no shared memory with `inputs`."""
     shape(name, out, letters, expected)
     dtype(name, out, (dtype_name,))
     contiguous(name, out)
+    aligned(name, out)
     writeable(name, out)
     no_overlap(name, out, **inputs)
 

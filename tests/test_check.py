@@ -102,6 +102,13 @@ REFUSALS = [
         "out must be C-contiguous, got strides (4, 8) for shape (2, 4); pass a separate array or out=None",
     ),
     (
+        lambda: _check.output(
+            "out", np.zeros(33, np.uint8)[1:].view("float32").reshape(2, 4), "(T, H)", (2, 4), "float32"
+        ),
+        ValueError,
+        "out must be aligned to 4 bytes, got an address 1 bytes off; pass a separate array or out=None",
+    ),
+    (
         lambda: _check.output("out", locked(np.zeros((2, 4), "float32")), "(T, H)", (2, 4), "float32"),
         ValueError,
         "out must be writeable, got a read-only array; pass a copy",

@@ -137,7 +137,7 @@ def test_the_front_desk_goes_through_the_door():
 
 
 def test_rooms_do_not_import_each_other():
-    built = {path.stem for folder in (CPU, GPU, REFERENCE) for path in sources(folder)}
+    built = {path.stem for folder in (CPU, GPU) for path in sources(folder)}
     rooms = {path.stem for path in FRONT.glob("_*.py") if path.stem[1:] in built} - set(COMPOSERS)
     assert rooms
     forbidden = tuple(f"cumoe.{room}" for room in {*rooms, *COMPOSERS})
@@ -357,7 +357,8 @@ def test_docstring_of_a_class_reaches_its_public_members(name):
     cls = getattr(cumoe, name)
     doc = ClassDoc(cls)
     assert doc["Parameters"] or doc["Attributes"] or doc["Methods"]
-    fields = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ()))
+    made_by_users = cumoe._HOME[name] == "cumoe.config"
+    fields = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if made_by_users else ()
     described = {word.strip() for one in (*doc["Parameters"], *doc["Attributes"]) for word in one.name.split(",")}
     assert {field for field in fields if not field.startswith("_")} <= described
     members = {key: value for key, value in vars(cls).items() if not key.startswith("_")}
