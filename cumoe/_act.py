@@ -127,7 +127,7 @@ def moe_activation(
     --------
     >>> x = np.array([[-1.0, 2.0, 3.0, 10.0]], np.float32)
     >>> cumoe.moe_activation(x, "relu")
-    array([[-0., 20.]], dtype=float32)
+    array([[ 0., 20.]], dtype=float32)
     >>> cumoe.moe_activation(x, "relu2_no_mul")
     array([[  0.,   4.,   9., 100.]], dtype=float32)
     """

@@ -151,7 +151,7 @@ def swigluoai_and_mul(x: Array, *, alpha: float = 1.702, limit: float = 7.0, out
     Examples
     --------
     >>> cumoe.swigluoai_and_mul(np.array([[0.0, 5.0, 100.0, -1.0, 100.0, 9.0]], np.float32))
-    array([[ 0.     ,  0.     , 55.99963]], dtype=float32)
+    array([[ 0.      ,  0.      , 55.999626]], dtype=float32)
     """
     return _act.moe_activation(x, "swigluoai", alpha=alpha, limit=limit, out=out)
 
