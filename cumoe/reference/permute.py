@@ -30,3 +30,32 @@ def gather_rows(source: np.ndarray, permuted_idx: np.ndarray, top_k: int) -> np.
     filled = permuted_idx < len(source) * top_k
     out[filled] = source[permuted_idx[filled] // top_k]
     return out
+
+
+def sort_by_expert_aligned(
+    topk_ids: np.ndarray, num_local_experts: int, alignment: int, expert_map: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Rows as in `sort_by_expert`, each expert's padded to a multiple of `alignment`.
+
+    Returns `m_indices` (M_sum,) int32 row -> expert, -1 in padding, `permuted_idx` (M_sum,) int32 row ->
+    pair, T*k in padding, `inv_permuted_idx` (T, k) int32 and `expert_num_tokens` (E_l,) int32.
+    """
+    num_pairs = topk_ids.size
+    num_rows = num_pairs + min(num_pairs, num_local_experts) * (alignment - 1)
+    num_rows = -(-num_rows // alignment) * alignment
+    experts = local_experts(topk_ids, num_local_experts, expert_map).reshape(-1)
+    m_indices = np.full(num_rows, -1, np.int32)
+    permuted_idx = np.full(num_rows, num_pairs, np.int32)
+    inv_permuted_idx = np.full(num_pairs, -1, np.int32)
+    expert_num_tokens = np.zeros(num_local_experts, np.int32)
+    first = 0
+    for e in range(num_local_experts):
+        pairs = np.flatnonzero(experts == e)
+        rows = first + np.arange(len(pairs))
+        m_indices[rows] = e
+        permuted_idx[rows] = pairs
+        inv_permuted_idx[pairs] = rows
+        expert_num_tokens[e] = len(pairs)
+        first += -(-len(pairs) // alignment) * alignment
+    return m_indices, permuted_idx, inv_permuted_idx.reshape(topk_ids.shape), expert_num_tokens
