@@ -58,10 +58,14 @@ def cpu() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """Micro-kernels that serve each dtype here, best first."""
+    """The micro-kernel that each dtype uses here, and the slower ones that would run too."""
     from cumoe.cpu import microkernel
 
-    return {dtype: ", ".join(microkernel.names(dtype)) for dtype in ("bfloat16", "float16", "float32")}
+    found = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        used, *others = microkernel.names(dtype)
+        found[dtype] = f"{used} (would run too: {', '.join(others)})" if others else used
+    return found
 
 
 def gpus() -> dict[str, str]:
@@ -100,9 +104,9 @@ def threading_layer() -> str:
     """Name of Numba's threading layer, after a parallel loop has made it choose."""
     import numba
 
-    from cumoe.bench.ceilings import stream_read
+    from cumoe.bench.ceilings import run_parallel_loop
 
-    stream_read(1 << 10)
+    run_parallel_loop()
     return str(numba.threading_layer())
 
 

@@ -79,6 +79,11 @@ def stream_read(num_bytes: int) -> tuple[float, int]:
     return total.nbytes / best * 1e-9, total.nbytes
 
 
+def run_parallel_loop() -> None:
+    """Run a parallel loop once, so that Numba has chosen its threading layer."""
+    _stream_loop()(np.ones(64, np.uint64))
+
+
 def matmul_peak(dtype: str) -> tuple[float, str]:
     """GFLOP/s of the micro-kernel that serves `dtype` here, all threads together; and the kernel's name."""
     import numba
