@@ -79,11 +79,6 @@ def run(console: Console, shape_name: str, num_tokens: int, device: str, dtype: 
         f"{limits.peak_gflops:.0f} GFLOP/s ({limits.peak_kernel} micro-kernel), {limits.threads} threads"
     )
     console.print("floor: max(bytes / read rate, operations / peak); above 1, part of the bytes came from a cache")
-    console.print(
-        cumoe.plan(num_tokens, shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k, dtype=dtype)
-        .explain()
-        .splitlines()[1]
-    )
     verdict = "[green]within[/green]" if found.max_ratio <= 1 else "[red]BEYOND[/red]"
     console.print(
         f"max(error/bound) = {found.max_ratio:.4f} over {len(found.tokens)} tokens against float64: {verdict} the bound"
@@ -143,7 +138,7 @@ def _run_once(batch: Batch, prepared: Any, top_k: int, number: int) -> Any:
     return cumoe.fused_experts(batch.hidden_states, prepared, None, topk_weights, topk_ids)
 
 
-def _run_stages(batch: Batch, prepared: Any, shape: shapes.Shape, number: int, stages: dict[str, Measured]) -> None:
+def _run_stages(batch: Batch, prepared: Any, shape: shapes.Shape, number: int, stages: dict[str, Measured]) -> Any:
     """One call of the layer step by step, as `cumoe.fused_experts` does it, with a clock between the steps."""
     import cumoe
     from cumoe._call import enter_call
@@ -165,6 +160,7 @@ def _run_stages(batch: Batch, prepared: Any, shape: shapes.Shape, number: int, s
     for name, num_bytes in stage_bytes(shape, topk_ids, logits.itemsize, x.dtype.itemsize).items():
         stages[name].seconds.append(times[name])
         stages[name].num_bytes.append(num_bytes)
+    return call.result()
 
 
 def stage_bytes(shape: shapes.Shape, topk_ids: Any, logit_size: int, itemsize: int) -> dict[str, int]:
