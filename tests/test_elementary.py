@@ -1,8 +1,8 @@
 """
 How many ulp exp, tanh, erf and the logistic function of cpu/elementary.py are off.
 
-Measured over every 11th float32, fused multiply-adds / two roundings instead of one:
-exp 1.045 / 1.0, sigmoid 2.4 / 2.4, tanh 2.46 / 2.56, erf 1.79 / 1.97. The bounds below are the promise.
+Measured over every 11th float32 with fused multiply-adds, over every 101st with two roundings instead:
+exp 1.045 and 1.00, sigmoid 2.45 and 2.37, tanh 2.46 and 2.56, erf 1.79 and 1.97. The bounds below are the promise.
 """
 
 import math

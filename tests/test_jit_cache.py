@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from cumoe.cpu._jit import jit
+
 ROOT = Path(__file__).parents[1]
 
 SCALE = """
@@ -228,3 +230,8 @@ def test_where_nothing_can_be_written_every_process_compiles(package):
     nowhere = "def refuse(*_):\n    raise RuntimeError('no locator available')\n_jit.FunctionCache.__init__ = refuse"
     assert package.run("float64", before=nowhere) == ([135.0], 0, 1)
     assert package.entries("") == []
+
+
+def test_serial_and_parallel_specialisations_do_not_share_entries():
+    loops = [jit(parallel=parallel, weight=2)(lambda value: value) for parallel in (False, True)]
+    assert len({loop.py_func.__qualname__ for loop in loops}) == 2  # the name is part of the key

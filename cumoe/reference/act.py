@@ -136,7 +136,7 @@ def _float64(x: Array) -> Array:
 
 # ---- formulas of one number ----
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 def _sigmoid(x: Array) -> Array:
@@ -148,11 +148,12 @@ def _silu(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    return 0.5 * x * _erfc(-x / math.sqrt(2))  # 1 + erf(z) = erfc(-z), without cancellation
 
 
 def _gelu_tanh(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    z = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return x * _sigmoid(2 * z)  # 0.5 (1 + tanh(z)) = sigmoid(2 z), without cancellation
 
 
 def _relu(x: Array) -> Array:
