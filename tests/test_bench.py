@@ -1,34 +1,16 @@
 """The benchmarks themselves: what is timed is right, who is compared is fair, what is written is whole."""
 
-import functools
 import gc
-import importlib.util
-import io
 import os
-import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import cumoe
-from cumoe.bench import ceilings, cpu, peers, results, shapes, timing, weights
+from cumoe.bench import ceilings, peers, shapes, timing, weights
 
-ROOT = Path(__file__).parents[1]
 TINY = shapes.SHAPES["tiny"]
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=200)
-
-
-def readme_script():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # -- shapes, routing, weights -----------------------------------------------------------------------
@@ -253,161 +235,3 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert peers.PEERS[0].missing("float32") == "torch is not installed"
     assert peers.PEERS[0].missing("int8") == "torch loop has no int8"
-
-
-# -- the suite and its files ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Make the parts of the suite that take long short."""
-    limits = ceilings.Ceilings(10.0, 1 << 20, 100.0, "named here", 2)
-    monkeypatch.setattr(ceilings, "measure", lambda dtype, available_bytes=None: limits)
-    monkeypatch.setattr(timing, "compare", functools.partial(timing.compare, gap_s=0.0, max_rounds=5))
-
-
-def run_suite(folder, console=None, **options):
-    options = {"shape_names": ["tiny"], "num_tokens": [1, 20], "dtypes": ["float32"], "budget_s": 0.01, **options}
-    return cpu.run(console or quiet(), output=folder, **options)
-
-
-def test_the_suite_writes_every_case(quick, tmp_path):
-    console = quiet()
-    path = run_suite(tmp_path, console, dtypes=["bfloat16", "float32"], routings=["uniform", "skewed"])
-    facts, rows = results.read(path)
-    assert facts["suite"] == "cpu"
-    assert {"date", "commit", "command", "cpu model", "cpu instruction sets", "kernel bfloat16"} <= facts.keys()
-    assert facts["version cumoe"] == cumoe.__version__ and facts["version numba"]
-    methods = {"cumoe", *(peer.name for peer in peers.PEERS if not peer.missing("bfloat16"))}
-    found = {(row["dtype"], row["routing"], row["T"], row["mode"], row["method"]) for row in rows}
-    cells = [("1", "gaps"), ("1", "back-to-back"), ("20", "gaps")]
-    assert found == {
-        (dtype, routing, num_tokens, mode, method)
-        for dtype in ("bfloat16", "float32")
-        for routing in ("uniform", "skewed")
-        for num_tokens, mode in cells
-        for method in methods
-    }
-    assert len(rows) == len(found)
-    for row in rows:
-        assert float(row["time_us"]) > 0
-        assert float(row["relative_error"]) <= peers.TOLERANCE[row["dtype"]]
-        assert (row["method"] != "cumoe") or row["ratio_to_cumoe"] == "1.000"
-        flops = TINY.flops(int(row["T"]))
-        assert float(row["gflops"]) == pytest.approx(flops / float(row["time_us"]) * 1e-3, rel=0.02, abs=0.06)
-    printed = console.file.getvalue()
-    assert "tiny, bfloat16, uniform routing, back-to-back" in printed and str(path) in printed
-
-
-def test_a_peer_with_wrong_results_or_errors_is_left_out_and_named(quick, tmp_path, monkeypatch):
-    def fails(x, topk_weights, topk_ids):
-        raise RuntimeError("no [such] kernel\nand more")
-
-    liar = peers.Peer("liar", "", "numpy", ("float32",), lambda w1, w2: lambda x, *routed: 2 * x, lambda dtype: 0.0)
-    broken = peers.Peer("broken", "", "numpy", ("float32",), lambda w1, w2: fails, lambda dtype: 0.0)
-    monkeypatch.setattr(peers, "PEERS", (liar, broken))
-    console = quiet()
-    _, rows = results.read(run_suite(tmp_path, console))
-    assert {row["method"] for row in rows} == {"cumoe"}
-    printed = console.file.getvalue()
-    assert re.search(r"without liar at T = 20: relative error [\d.]+", printed)
-    assert "without broken at T = 20: no [such] kernel\n" in printed
-
-
-def test_wrong_results_of_our_own_stop_the_suite(quick, tmp_path, monkeypatch):
-    right = cumoe.fused_experts
-    monkeypatch.setattr(cumoe, "fused_experts", lambda *args, **named: 2 * right(*args, **named))
-    with pytest.raises(cpu.WrongResultError, match=r"cumoe is at \S+ of its error bound for 1 tokens"):
-        run_suite(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_memory_does_not_hold_is_skipped_and_said(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "_MOST_BYTES", 3 * TINY.weight_bytes("float32"))
-    console = quiet()
-    _, rows = results.read(run_suite(tmp_path, console, shape_names=["small", "tiny"], dtypes=["bfloat16", "float32"]))
-    printed = console.file.getvalue()
-    assert "skipped small (E 16, k 4, H 512, I 512), bfloat16: needs 0.1 GB" in printed
-    assert {(row["shape"], row["dtype"]) for row in rows} == {("tiny", "bfloat16"), ("tiny", "float32")}
-    assert "without NumPy loop" not in printed  # 2 + 2 times the bfloat16 weights are within 3 times the float32 ones
-
-
-def test_a_result_file_is_read_as_written(tmp_path):
-    path = tmp_path / "new" / "a.csv"
-    results.write(path, {"suite": "cpu", "odd": "a: b\n# c"}, [{"x": 1, "y": "with, comma"}, {"x": 2, "y": "# z"}])
-    assert results.read(path) == (
-        {"suite": "cpu", "odd": "a: b # c"},
-        [{"x": "1", "y": "with, comma"}, {"x": "2", "y": "# z"}],
-    )
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), results.replacing(path) as file:
-        file.write("new")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permission bits are those of POSIX")
-def test_a_result_file_has_ordinary_permissions(tmp_path):
-    with results.replacing(tmp_path / "a") as file:
-        file.write("x")
-    (tmp_path / "b").write_text("x")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
-
-
-def test_newest_goes_by_the_date_inside(tmp_path):
-    for name, suite, date in (("z", "cpu", "2026-01-01"), ("a", "cpu", "2026-02-01"), ("b", "gpu", "2026-03-01")):
-        results.write(tmp_path / f"{name}.csv", {"suite": suite, "date": date}, [])
-    assert results.newest(tmp_path, "cpu") == tmp_path / "a.csv"
-    assert results.newest(tmp_path, "tpu") is None
-
-
-# -- the README's table -----------------------------------------------------------------------------
-
-
-def test_the_readme_gets_every_row_losses_too(quick, tmp_path):
-    path = run_suite(tmp_path, dtypes=["bfloat16", "float32"])
-    facts, rows = results.read(path)
-    for row in rows:
-        if row["method"] == "NumPy loop":
-            row["ratio_to_cumoe"] = "0.250"
-    results.write(path, facts, rows)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table:cpu -->\nold\n<!-- /table:cpu -->\nafter\n")
-    script = readme_script()
-    assert script.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table:cpu -->\n") and text.endswith("\n<!-- /table:cpu -->\nafter\n")
-    assert "old" not in text and path.name in text and facts["commit"] in text
-    body = [line for line in text.splitlines() if line.startswith(("| bfloat16", "| float32"))]
-    assert len(body) == 2 * 3
-    head = next(line for line in text.splitlines() if line.startswith("| dtype"))
-    assert all(line.count("|") == head.count("|") for line in body)
-    assert all(line.endswith(" 0.25 |") for line in body)
-    assert script.main(["--readme", str(readme), "--results", str(tmp_path)]) == 0
-    assert readme.read_text() == text
-
-
-def test_a_readme_without_markers_is_refused_and_kept(quick, tmp_path, capsys):
-    run_suite(tmp_path, num_tokens=[20])
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- /table:cpu --> <!-- table:cpu -->")
-    assert readme_script().main(["--readme", str(readme), "--results", str(tmp_path)]) == 1
-    assert "no <!-- table:cpu --> followed by <!-- /table:cpu -->" in capsys.readouterr().err
-    assert readme.read_text() == "<!-- /table:cpu --> <!-- table:cpu -->"
-
-
-def test_without_results_the_readme_stays(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("text")
-    assert readme_script().main(["--readme", str(readme), "--results", str(tmp_path / "none")]) == 0
-    assert "no results of suite cpu" in capsys.readouterr().err
-    assert readme.read_text() == "text"
-
-
-def test_our_readme_has_the_markers():
-    assert "| a |" in readme_script().replaced((ROOT / "README.md").read_text(), "cpu", "| a |")
