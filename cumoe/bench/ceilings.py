@@ -160,7 +160,10 @@ def _nothing() -> None:
 # ---- templates; jit(...) gives the names below their values ----
 
 max_rows = 0
-tile = release = repeat = prange = None
+tile: Any = None
+release: Any = None
+repeat: Any = None
+prange: Any = None
 
 
 def _repeat(a, a_stride, panel, steps, sums, repeats):  # type: ignore[no-untyped-def]

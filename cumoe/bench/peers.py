@@ -58,7 +58,7 @@ def _numpy_view(tensor: Any, dtype: np.dtype[Any]) -> Array:
     import torch
 
     bits = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    return bits.view(dtype)  # type: ignore[no-any-return]
+    return bits.view(dtype)
 
 
 def _torch_loop(w1: Array, w2: Array) -> Layer:

@@ -51,7 +51,8 @@ def write(path: Path, facts: Mapping[str, str], rows: Sequence[Row]) -> None:
 
 def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Header and rows of a result file."""
-    facts, lines = {}, []
+    facts: dict[str, str] = {}
+    lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# ") and not lines:
             name, _, value = line[2:].partition(": ")
