@@ -17,7 +17,9 @@ subnormal may count as zero (FLUSH). Then
     sqrt(softplus(x))  by 4 UNIT for exp, whose error log1p does not enlarge, and 4 UNIT for log1p, both
                        halved by the root, and one for the root
 
-and a sum of n terms by what these are off plus n - 1 roundings, in any order.
+a sum of k chosen scores by what these are off plus k - 1 roundings, in any order, and the sum over a
+whole row by n / 4 + 3 roundings, which four sums side by side need. Whoever renormalizes a softmax may
+divide by the whole sum first: that is a common factor and one rounding more.
 """
 
 from typing import Any, NamedTuple
@@ -64,14 +66,20 @@ def scores(router_logits: Array, scoring_func: str) -> Bounded:
 
 
 def _softmax(x: Array) -> Bounded:
-    defined = (np.isfinite(x) | (x == -np.inf)).all(axis=-1) & (x > -np.inf).any(axis=-1)
-    x = np.where(defined[..., None], x, 0.0)
+    numerator, defined = _numerators(x)
+    value, error = _quotient(numerator, _row_sum(numerator))
+    return Bounded(np.where(defined, value, 0.0), np.where(defined, error, 0.0))
+
+
+def _numerators(x: Array) -> tuple[Bounded, Array]:
+    """``exp(x - max(x))``, and which rows have a softmax."""
+    defined = (np.isfinite(x) | (x == -np.inf)).all(axis=-1, keepdims=True)
+    defined &= (x > -np.inf).any(axis=-1, keepdims=True)
+    x = np.where(defined, x, 0.0)
     distance = x.max(axis=-1, keepdims=True) - x
-    numerator = np.exp(-distance)
+    value = np.exp(-distance)
     relative = np.expm1(np.minimum(UNIT * distance, 1.0)) + _EXP
-    top = Bounded(numerator, _SECOND_ORDER * relative * numerator + FLUSH)
-    value, error = _quotient(top, _sum(top))
-    return Bounded(np.where(defined[..., None], value, 0.0), np.where(defined[..., None], error, 0.0))
+    return Bounded(value, _SECOND_ORDER * relative * value + FLUSH), defined
 
 
 def choices(router_logits: Array, scoring_func: str, bias: Array | None = None) -> Bounded:
@@ -119,16 +127,21 @@ def weights(
         used &= counted
     ids = np.where(used, ids, 0)
     score = scores(router_logits, scoring_func)
+    if renormalize and scoring_func == "softmax":
+        numerator, defined = _numerators(router_logits.astype(np.float64))
+        error = numerator.error + UNIT * numerator.value + FLUSH * num_experts
+        score = Bounded(np.where(defined, numerator.value, 0.0), np.where(defined, error, 0.0))
+        floor = floor * numerator.value.sum(axis=-1, keepdims=True)
     value = np.where(used, np.take_along_axis(score.value, ids, -1), 0.0)
     error = np.where(used, np.take_along_axis(score.error, ids, -1), 0.0)
     if renormalize:
-        total = _sum(Bounded(value, error))
+        total = _sum(Bounded(value, error), value.shape[-1] - 1)
         total = Bounded(total.value + floor, rounded(total.value + floor, total.error, _FLOAT32))
         divisor = Bounded(np.where(total.value > 0, total.value, 1.0), total.error)
         value, error = _quotient(Bounded(value, error), divisor)
         # where the sum may vanish in float32, the quotient may be anything between 0 and 1
         error = np.where(used, np.minimum(error, 1 + 2 * topk_ids.shape[-1] * UNIT), 0.0)
-    scale = Bounded(np.float64(routed_scaling_factor), np.float64(UNIT * abs(routed_scaling_factor)))
+    scale = Bounded(np.array(routed_scaling_factor), np.array(UNIT * abs(routed_scaling_factor)))
     value, error = _product(Bounded(value, error), scale)
     if per_expert_scale is not None:
         factor = np.where(used, per_expert_scale.astype(np.float64)[ids], 1.0)
@@ -220,8 +233,7 @@ def grouped_topk(
     padding = np.zeros(len(ids), bool) if is_padding is None else is_padding
     ids = np.where(padding[:, None], -1, ids)
     counted = np.take_along_axis(choice.value, np.maximum(ids, 0), -1) > -np.inf
-    if topk_ids is None:
-        counted &= np.take_along_axis(kept, np.maximum(ids, 0), -1)
+    counted &= np.take_along_axis(kept, np.maximum(ids, 0), -1)
     value, error = weights(
         router_logits,
         ids,
@@ -236,12 +248,17 @@ def grouped_topk(
     return Routing(value, ids, error)
 
 
-def _sum(terms: Bounded) -> Bounded:
-    """Sum over the last axis, which is kept, in any order."""
-    roundings = (terms.value.shape[-1] - 1) * UNIT
+def _row_sum(terms: Bounded) -> Bounded:
+    num_terms = terms.value.shape[-1]
+    return _sum(terms, min(num_terms - 1, num_terms // 4 + 3))
+
+
+def _sum(terms: Bounded, additions: int) -> Bounded:
+    """Sum over the last axis, which is kept, by so many additions in a row."""
     value = terms.value.sum(axis=-1, keepdims=True)
     error = terms.error.sum(axis=-1, keepdims=True)
-    return Bounded(value, error + roundings / (1 - roundings) * (value + error) + roundings / UNIT * FLUSH)
+    relative = additions * UNIT / (1 - additions * UNIT)
+    return Bounded(value, error + relative * (value + error) + additions * FLUSH)
 
 
 def _quotient(a: Bounded, b: Bounded) -> Bounded:
