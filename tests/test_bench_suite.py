@@ -108,6 +108,28 @@ def test_what_memory_does_not_hold_is_skipped_and_said(quick, tmp_path, monkeypa
 # -- result files -----------------------------------------------------------------------------------
 
 
+def test_a_run_cut_short_leaves_what_it_has(quick, tmp_path, monkeypatch):
+    run_block = cpu._run_block
+
+    def cut(console, shape, dtype, *more):
+        if dtype == "float32":
+            raise KeyboardInterrupt
+        return run_block(console, shape, dtype, *more)
+
+    monkeypatch.setattr(cpu, "_run_block", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(tmp_path, dtypes=["bfloat16", "float32"], num_tokens=[20])
+    (path,) = tmp_path.iterdir()
+    assert {row["dtype"] for row in results.read(path)[1]} == {"bfloat16"}
+
+
+def test_nothing_fits(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "_MOST_BYTES", 1000)
+    with pytest.raises(MemoryError, match="no case of the suite fits the memory"):
+        run_suite(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_result_file_is_read_as_written(tmp_path):
     path = tmp_path / "new" / "a.csv"
     results.write(path, {"suite": "cpu", "odd": "a: b\n# c"}, [{"x": 1, "y": "with, comma"}, {"x": 2, "y": "# z"}])

@@ -55,8 +55,13 @@ def run(
     output: Path | None = None,
     seed: int = 0,
 ) -> Path:
-    """Run the suite, print its ratios, and write a CSV into the folder `output`; its path is returned."""
+    """
+    Run the suite, print its ratios, and write a CSV into the folder `output`; its path is returned.
+
+    The file is written again after each shape, dtype and routing, so that a run cut short leaves what it has.
+    """
     facts = results.header("cpu")
+    path = results.default_path(output or Path("benchmarks") / "results", facts)
     rows: list[results.Row] = []
     for shape_name in shape_names:
         for dtype in dtypes:
@@ -71,8 +76,9 @@ def run(
                 rows += block
                 for table in ratio_tables(block):
                     console.print(table)
-    path = results.default_path(output or Path("benchmarks") / "results", facts)
-    results.write(path, facts, rows)
+                results.write(path, facts, rows)
+    if not rows:
+        raise MemoryError("no case of the suite fits the memory")
     console.print(f"wrote {path}")
     return path
 
