@@ -16,7 +16,7 @@ from cumoe.cpu._ir import constant, pointer
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 _GROUP_STEP = 16 * 32 * 2  # bytes of 16 rows x 32 values of K
-_PANEL_STEP = 32 * 32 * 2  # bytes of 32 columns x 32 values of K
+_PANEL_BLOCK = 16 * 16 * 4  # bytes of 16 columns x 32 values of K: one weight register, contiguous
 _SUMS_STRIDE = 32 * 4  # bytes of a row of 32 float32 sums
 
 # Tile registers: sums 0..3 (row group, column half), rows 4 and 5, weights 6 and 7.
@@ -94,10 +94,10 @@ def _emit(
     builder.position_at_end(loop)
     step = builder.phi(ir.IntType(64))
     step.add_incoming(constant(0), before)
-    panel_step = builder.add(panel, builder.mul(step, constant(_PANEL_STEP)))
+    panel_step = builder.add(panel, builder.mul(step, constant(2 * _PANEL_BLOCK)))
     row_step = builder.add(a, builder.mul(step, constant(_GROUP_STEP)))
     for half in (0, 1):
-        _load(builder, _WEIGHTS[half], builder.add(panel_step, constant(64 * half)), constant(128))
+        _load(builder, _WEIGHTS[half], builder.add(panel_step, constant(_PANEL_BLOCK * half)), constant(64))
     for g in groups:
         _load(builder, _ROWS[g], builder.add(row_step, builder.mul(a_stride, constant(g))), constant(64))
         for half in (0, 1):

@@ -48,7 +48,7 @@ def grouped_gemm(
     Row r belongs to expert e where ``offset[e] <= r < offset[e + 1]`` and reads
     ``x[permuted_idx[r] // top_k]``, or ``x[r]`` if `top_k` is 0. The scales (T*k,) are indexed by pair,
     which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
-    (E, N, K) or packed (E, panels, words, columns, pair), `activation` "" or a name of `act.SCALAR`;
+    (E, N, K) or packed (`pack.panel_shape`), `activation` "" or a name of `act.SCALAR`;
     `dtype` names what the bits of `x`, `weights` and `out` mean.
     Rows outside every expert are neither read nor written.
     """

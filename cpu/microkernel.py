@@ -5,8 +5,9 @@ A micro-kernel multiplies a few rows of activations with one *panel* of weights 
 in a small tile that stays in the L1 cache; what happens to the sums (bias, activation, rounding) is
 written in plain Numba in `epilogue.py`.
 
-    panel  (steps, columns) words of 32 bits, K outermost:
-           word (s, c) = weight k = s of column c (float32), or the pair k = 2s, 2s + 1 (16-bit types)
+    panel  words of 32 bits, K outermost: word (s, c) = weight k = s of column c (float32), or the pair
+           k = 2s, 2s + 1 (16-bit types); in blocks of (block_words, block_columns), row-major in a block:
+           (1, columns) for vector registers, (16, 16) for tile registers
     rows   (rows, K) float32, or bfloat16 for the kernels with a bfloat16 dot product; the AMX kernel
            takes groups of 16 rows, each (K / 32, 16, 32)
     sums   (rows, columns) float32
@@ -38,6 +39,8 @@ class Kernel(NamedTuple):
     row_group: int  # rows that lie interleaved in memory; 1 = row after row
     k_step: int  # K of one step; K is padded with zeros to a multiple of it
     pair: int  # weights in a 32-bit word of the panel
+    block_words: int  # of a panel: what one weight register takes at once
+    block_columns: int
     lanes: int  # 32-bit lanes of a vector
     row_dtype: str  # "float32" or "bfloat16": how the rows of activations arrive
     tile: Any  # (rows, a, a_stride, panel, steps, sums, accumulate), addresses and bytes as int64
@@ -109,9 +112,9 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
             f"no micro-kernel {name!r} for {dtype} on this CPU; available: {', '.join(available)}"
         )
     if name == "amx":
-        return Kernel(name, 32, 32, 16, 32, 2, 16, "bfloat16", _amx.tile)
+        return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", _amx.tile)
     if name == "avx512bf16":
-        return Kernel(name, 64, 6, 1, 2, 2, 16, "bfloat16", _vector_tile("dot", 6, 4, 16, True))
+        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _vector_tile("dot", 6, 4, 16, True))
     narrow = dtype != "float32"
     lanes, vectors, rows, fused = {
         "avx512": (16, 4, 5 if narrow else 6, True),  # 24 sums + 4 weights + 1 broadcast of 32 registers
@@ -120,7 +123,7 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
     }[name]
     pair = 2 if narrow else 1
     tile = _vector_tile(dtype, rows, vectors, lanes, fused)
-    return Kernel(name, lanes * vectors, rows, 1, pair, pair, lanes, "float32", tile)
+    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", tile)
 
 
 def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool) -> Any:

@@ -27,12 +27,13 @@ def refused_kernels(dtype):
 
 
 def panel_shape(weights_shape, dtype, kernel, gated):
-    """Shape of the packed form of weights (E, N, K): (E, panels, words of K, columns, pair)."""
+    """Shape of the packed form of weights (E, N, K): (E, panels, blocks, words of a block, pair)."""
     experts, n, k = weights_shape
     kernel = microkernel.choose(dtype, kernel)
     outputs, per_panel = (n // 2, kernel.columns // 2) if gated else (n, kernel.columns)
-    steps = -(-k // kernel.k_step)
-    return experts, -(-outputs // per_panel), steps * kernel.k_step // kernel.pair, kernel.columns, kernel.pair
+    words = -(-k // kernel.k_step) * kernel.k_step // kernel.pair
+    block = kernel.block_words * kernel.block_columns
+    return experts, -(-outputs // per_panel), words * kernel.columns // block, block, kernel.pair
 
 
 def pack_weights(weights, dtype, kernel, gated, interleaved, out):
@@ -51,7 +52,12 @@ def row_order(n, gated, interleaved):
 def pack_panel(kernel):
     """The compiled packer of one panel for `kernel`."""
     return jit(
-        columns=kernel.columns, lanes=kernel.lanes, pair=kernel.pair, transpose=microkernel.transpose(kernel.lanes)
+        columns=kernel.columns,
+        block_words=kernel.block_words,
+        block_columns=kernel.block_columns,
+        lanes=kernel.lanes,
+        pair=kernel.pair,
+        transpose=microkernel.transpose(kernel.lanes),
     )(_pack_panel)
 
 
@@ -69,9 +75,16 @@ def pack_rows(kernel, dtype):
     return jit(load=load, store=store, as_row=as_row)(template)
 
 
+@jit()
+def _place(word, column, columns, block_words, block_columns):
+    """Where a panel has the word `word` of `column`."""
+    block = word // block_words * (columns // block_columns) + column // block_columns
+    return (block * block_words + word % block_words) * block_columns + column % block_columns
+
+
 # ---- templates; jit(...) gives the names below their values ----
 
-columns = lanes = pair = 0
+columns = block_words = block_columns = lanes = pair = 0
 transpose = load = store = as_row = pack = None
 
 
@@ -100,14 +113,14 @@ def _pack_panel(weights, expert, panel, first_gate, first_up, distance, outputs,
                 transpose(
                     source + word * word_bytes,
                     distance * weights.strides[1],
-                    target.ctypes.data + (word * columns + c0) * word_bytes,
-                    columns * word_bytes,
+                    target.ctypes.data + _place(word, c0, columns, block_words, block_columns) * word_bytes,
+                    block_columns * word_bytes,
                 )
         for c in range(c0, c0 + lanes):
             i = i0 + c - c0
             for k in range(k_done, k_padded):
                 value = weights[expert, first + i * distance, k] if i < outputs and k < k_size else 0
-                target[(k // pair * columns + c) * pair + k % pair] = value
+                target[_place(k // pair, c, columns, block_words, block_columns) * pair + k % pair] = value
 
 
 def _pack_rows(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
