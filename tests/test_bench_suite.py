@@ -36,6 +36,7 @@ def quick(monkeypatch):
     """Make the parts of the suite that take long short."""
     limits = ceilings.Ceilings(10.0, 1 << 20, 100.0, "named here", 2)
     monkeypatch.setattr(ceilings, "measure", lambda dtype, available_bytes=None: limits)
+    monkeypatch.setattr(timing, "_BURST", 3)
     monkeypatch.setattr(timing, "compare", functools.partial(timing.compare, gap_s=0.0, max_rounds=5))
 
 
