@@ -82,14 +82,19 @@ def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None) -> B
     """``x @ weights.T + bias`` summed in float32."""
     w = weights.astype(np.float64)
     b = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
-    terms = w.shape[1] + 2
+    terms, absolute = w.shape[1] + 2, np.abs(w)
     with np.errstate(invalid="ignore", over="ignore"):
         magnitude = np.abs(x.value) + x.error
-        size = magnitude @ np.abs(w).T + np.abs(b)
+        size = times(magnitude, absolute) + np.abs(b)
         # subnormal operands and products may count as zero
-        flushed = FLUSH * (magnitude.sum(axis=1)[:, None] + np.abs(w).sum(axis=1) + 2 * terms)
-        error = x.error @ np.abs(w).T + gamma(terms) * size + flushed
-        return Bounded(x.value @ w.T + b, unknown_is_infinite(error))
+        flushed = FLUSH * (magnitude.sum(axis=1)[:, None] + absolute.sum(axis=1) + 2 * terms)
+        error = times(x.error, absolute) + gamma(terms) * size + flushed
+        return Bounded(times(x.value, w) + b, unknown_is_infinite(error))
+
+
+def times(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """``x @ w.T``, in the order that BLAS does faster for few rows of `x`."""
+    return (w @ x.T).T
 
 
 def scaled(x: Bounded, factor: np.ndarray) -> Bounded:
