@@ -97,9 +97,9 @@ def _run(flat, row_stride, column_stride, num_rows, weights, rows, out, dtype, k
 @functools.cache
 def _loop(dtype, weighted, parallel):
     load, store = bits.CODECS[dtype]
-    kind = {"LOAD": load, "STORE": store, "WEIGHTED": weighted}  # also tells the compiled files apart
-    loop = jit(ADD_ROW=jit(**kind)(_add_row), STORE_ROW=jit(**kind)(_store_row), **kind)(_combine)
-    return jit(parallel=True, COMBINE=loop, **kind)(_combine_blocks) if parallel else loop
+    add_row, store_row = jit(LOAD=load, WEIGHTED=weighted)(_add_row), jit(STORE=store)(_store_row)
+    loop = jit(ADD_ROW=add_row, STORE_ROW=store_row, WEIGHTED=weighted)(_combine)
+    return jit(parallel=True, COMBINE=loop)(_combine_blocks) if parallel else loop
 
 
 def _combine_blocks(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, num_blocks):

@@ -108,11 +108,11 @@ def routings(draw, max_tokens=40, maps=True):
     wanted = rng.integers(0, num_experts, max(1, num_experts // draw(st.sampled_from((1, 3)))))
     ids = rng.choice(wanted, shape).astype(dtype)
     junk = [num_experts, num_experts + 7, 123_456_789, *((-1, -9) if dtype != "uint32" else (4_294_967_295,))]
-    gone = rng.random(shape) < draw(st.sampled_from((0.0, 0.0, 0.3, 1.0)))
+    gone = rng.random(shape) < draw(st.sampled_from((0.3, 0.0, 0.7, 1.0)))
     ids[gone] = rng.choice(junk, gone.sum()).astype(dtype)
     if not maps or draw(st.booleans()):
         return Routing(ids, num_experts, num_experts, None)
     num_local = draw(st.integers(1, num_experts))
-    expert_map = np.full(num_experts, -1, np.int32)
+    expert_map = rng.choice(np.array([-1, -7], np.int32), num_experts)
     expert_map[rng.permutation(num_experts)[:num_local]] = rng.permutation(num_local)
     return Routing(ids, num_experts, num_local, expert_map)

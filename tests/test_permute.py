@@ -101,14 +101,25 @@ def test_pairs_ascend_within_an_expert(xp, routing):
 def test_many_pairs_are_sorted_by_threads(xp, dtype):
     """Above the size where the blocks of pairs go to threads; 17 local experts of 60."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 64, (30_001, 4)).astype(dtype)
+    ids = rng.integers(0, 64, (30_001, 3)).astype(dtype)
     expert_map = np.full(60, -1, np.int32)
     expert_map[rng.permutation(60)[:17]] = np.arange(17)
     x = tokens(len(ids), 3, "float32")
     offsets, idx, inv = reference.sort_by_expert(ids, 17, expert_map)
     rows, _, *indices = cumoe.moe_permute(on(xp, x), None, on(xp, ids), 60, 17, on(xp, expert_map))
     assert_equal(indices, [offsets, inv, idx])
-    assert_same_bytes(rows, reference.gather_rows(x, idx, 4))
+    assert_same_bytes(rows, reference.gather_rows(x, idx, 3))
+
+
+def test_which_pairs_are_skipped(xp):
+    """Ids outside the map, and local numbers outside 0..E_l-1."""
+    ids = np.array([[-1, -3, 0, 1, 2, 3, 4, 123_456_789]])
+    expert_map = np.array([1, -1, 2, -5], np.int32)
+    x = np.ones((1, 1), np.float32)
+    offsets, inv, idx = cumoe.moe_permute(on(xp, x), None, on(xp, ids), 4, 2, on(xp, expert_map))[2:]
+    assert offsets.tolist() == [0, 0, 1] and inv.tolist() == [[-1, -1, 0, -1, -1, -1, -1, -1]]
+    assert idx.tolist() == [2, *[8] * 7]
+    assert cumoe.count_expert_num_tokens(on(xp, ids), 2, on(xp, expert_map)).tolist() == [0, 1]
 
 
 def test_rows_without_a_pair_keep_what_out_holds(xp):
