@@ -88,6 +88,8 @@ _HOME: dict[str, str] = {
     "routing_report": "cumoe.inspection",
     "RoutingReport": "cumoe.inspection",
     "MoELayer": "cumoe.layer",
+    "Parameter": "cumoe.method",
+    "UnquantizedFusedMoEMethod": "cumoe.method",
     "determine_expert_map": "cumoe.parallel",
     "round_robin_routing_tables": "cumoe.parallel",
 }

@@ -131,17 +131,31 @@ def prepare(
     side, experts = take_experts(w1, w2, activation, quant_config)
     if experts.is_packed:
         raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; it is prepared already")
+    if out is not None:
+        _must_match(out.experts, experts)
     room = _arrays.room(side.xp, "pack")
     gating = {"w1": experts.is_gated, "w2": False}
-    packed = {} if out is None else {"w1": out.experts.w1, "w2": out.experts.w2}
+    packed: dict[str, Any] = {} if out is None else {"w1": out.experts.w1, "w2": out.experts.w2}
     for name, gated in gating.items():
         weights = getattr(experts, name)
-        shape = room.panel_shape(weights.shape, experts.dtype, experts.kernel, gated)
-        target = packed.setdefault(name, side.xp.empty(shape, weights.dtype) if out is None else None)
-        if target.shape != shape or target.dtype != weights.dtype:
-            raise ValueError(
-                f"out must hold packed {name} of shape {shape}, got {tuple(target.shape)}; "
-                "it was prepared for other sizes, another dtype or another CPU"
-            )
-        room.pack_weights(weights, experts.dtype, experts.kernel, gated, experts.is_interleaved and gated, target)
-    return PreparedExperts(experts._replace(**packed)) if out is None else out
+        if out is None:
+            shape = room.panel_shape(weights.shape, experts.dtype, experts.kernel, gated)
+            packed[name] = side.xp.empty(shape, weights.dtype)
+        room.pack_weights(weights, experts.dtype, experts.kernel, gated, experts.is_interleaved and gated, packed[name])
+    if out is None:
+        return PreparedExperts(experts._replace(**packed))
+    for name in ("w1_bias", "w2_bias"):
+        getattr(out.experts, name)[...] = getattr(experts, name)
+    return out
+
+
+def _must_match(old: Experts, new: Experts) -> None:
+    """Raise ValueError unless everything that is not written anew is the same."""
+    sizes = ("num_experts", "hidden_size", "intermediate_size", "dtype", "kernel")
+    for name in (*sizes, "activation", "alpha", "beta", "limit"):
+        if getattr(old, name) != getattr(new, name):
+            raise ValueError(f"out must have {name} = {getattr(new, name)!r}, got {getattr(old, name)!r}")
+    for name in ("w1_bias", "w2_bias"):
+        if getattr(old, name).shape != getattr(new, name).shape:
+            given = "a" if getattr(new, name).size else "no"
+            raise ValueError(f"out must have been prepared with {given} {name}, like quant_config; prepare it anew")

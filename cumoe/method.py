@@ -1,0 +1,173 @@
+"""
+The life of an MoE layer: weights made, loaded, prepared and applied.
+
+A layer is any object that takes attributes. The method makes its weights, packs them for the kernels
+once they are loaded, and runs tokens through them, routed already (`apply`) or not (`apply_monolithic`).
+"""
+
+from typing import Any
+
+from cumoe._backends import select_backend
+from cumoe._layer_weights import empty_weights, zero_padding
+from cumoe._method_base import FusedMoEMethodBase
+from cumoe._modular import ExpertTokensMetadata, FusedMoEActivationFormat
+from cumoe._modular_experts import BatchedExperts, StandardExperts
+from cumoe._parameter import Parameter
+from cumoe._prepare import prepare
+from cumoe._prepare_finalize import BatchedPrepareAndFinalize, MoEPrepareAndFinalizeNoEP
+from cumoe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig, biased_moe_quant_config
+
+__all__ = [
+    "BatchedExperts",
+    "BatchedPrepareAndFinalize",
+    "ExpertTokensMetadata",
+    "FusedMoEActivationFormat",
+    "FusedMoEMethodBase",
+    "MoEPrepareAndFinalizeNoEP",
+    "Parameter",
+    "StandardExperts",
+    "UnquantizedFusedMoEMethod",
+    "select_backend",
+]
+
+
+class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
+    """
+    Weights and computation of an MoE layer without quantisation.
+
+    Parameters
+    ----------
+    moe : FusedMoEConfig
+        The layer. Its activation and backend are settled here.
+
+    Attributes
+    ----------
+    moe : FusedMoEConfig
+        As given.
+    backend : str
+        Who runs the layer.
+    refused_backends : dict of str
+        Why others do not, by name.
+    moe_quant_config : FusedMoEQuantConfig or None
+        Biases and parameters of the activation; known once the weights are processed.
+    prepare_finalize : object or None
+        Outer steps of a modular layer, where ranks exchange tokens.
+    experts : StandardExperts, BatchedExperts or None
+        Middle step of a modular layer, where ranks exchange tokens.
+
+    Raises
+    ------
+    ValueError
+        An unknown activation, backend, or a parameter that the activation does not take.
+    NotImplementedError
+        No backend can run the layer; the message has the reasons.
+
+    Examples
+    --------
+    >>> import types
+    >>> import numpy as np
+    >>> from cumoe import FusedMoEConfig, FusedMoEParallelConfig, UnquantizedFusedMoEMethod
+    >>> moe = FusedMoEConfig(4, 2, 8, 4, FusedMoEParallelConfig.make(), "float32")
+    >>> method, layer = UnquantizedFusedMoEMethod(moe), types.SimpleNamespace()
+    >>> method.create_weights(layer, 4, 8, 16, "float32")
+    >>> layer.w13_weight[...] = layer.w2_weight[...] = 1
+    >>> method.process_weights_after_loading(layer)
+    >>> x, logits = np.full((1, 8), 0.125, np.float32), np.zeros((1, 4), np.float32)
+    >>> method.apply_monolithic(layer, x, logits, top_k=2)[:, :3].round(3)
+    array([[11.697, 11.697, 11.697]], dtype=float32)
+    """
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: Any,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """
+        Give a layer weights to load into.
+
+        Sets `w13_weight` (E, 2I, H) ((E, I, H) without gate) and `w2_weight` (E, H, I), not initialised,
+        and with biases `w13_bias` and `w2_bias`, zero.
+
+        Parameters
+        ----------
+        layer : object
+            Takes the attributes.
+        num_experts : int
+            E, experts of this device.
+        hidden_size : int
+            H, length of a token.
+        intermediate_size_per_partition : int
+            I, width of this device's part of an expert.
+        params_dtype : dtype or str
+            float32, float16 or bfloat16.
+        **extra_weight_attrs
+            Set on each weight, which is a `Parameter`.
+
+        Raises
+        ------
+        ValueError
+            A size other than that of the config.
+        TypeError
+            Another dtype.
+        """
+        weights = empty_weights(
+            self.moe, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, extra_weight_attrs
+        )
+        for name, weight in weights.items():
+            setattr(layer, name, weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """
+        Make a layer with loaded weights ready to run; again whenever the weights have changed.
+
+        The weights keep their memory, and so does their packed form `layer.prepared_experts`, which is
+        written anew: what holds on to either sees the change.
+
+        Parameters
+        ----------
+        layer : object
+            Has `w13_weight` and `w2_weight`, and the biases if the config has them. Where the config has
+            smaller unpadded sizes, what lies beyond them is set to zero.
+        """
+        zero_padding(self.moe, layer)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        if self.moe.num_local_experts:
+            layer.prepared_experts = prepare(
+                layer.w13_weight,
+                layer.w2_weight,
+                quant_config=self.moe_quant_config,
+                activation=self.moe.activation,
+                out=getattr(layer, "prepared_experts", None),
+            )
+        self.prepare_finalize = self.maybe_make_prepare_finalize(getattr(layer, "expert_routing_tables", None))
+        self.experts = None if self.prepare_finalize is None else self.select_gemm_impl(self.prepare_finalize, layer)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
+        """
+        Give the biases of a layer and the parameters of its activation.
+
+        Parameters
+        ----------
+        layer : object
+            Has `w13_bias` and `w2_bias` if the config has biases.
+
+        Returns
+        -------
+        config : FusedMoEQuantConfig
+            `FUSED_MOE_UNQUANTIZED_CONFIG` itself if there is nothing to give.
+        """
+        moe = self.moe
+        situ = moe.activation == "situ"
+        parameters = {
+            "gemm1_alpha": moe.swiglu_alpha,
+            "gemm1_beta": moe.activation_situ_beta if situ else moe.swiglu_beta,
+            "gemm1_clamp_limit": moe.activation_situ_linear_beta if situ else moe.swiglu_limit,
+        }
+        given = {name: value for name, value in parameters.items() if value is not None}
+        if moe.has_bias:
+            return biased_moe_quant_config(layer.w13_bias, layer.w2_bias, **given)
+        return biased_moe_quant_config(None, None, **given) if given else FUSED_MOE_UNQUANTIZED_CONFIG
