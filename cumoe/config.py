@@ -256,6 +256,8 @@ class FusedMoEConfig:
         self._settle("router_logits_dtype", self.in_dtype)
         self._settle("hidden_dim_unpadded", self.hidden_dim)
         self._settle("num_logical_experts", self.num_experts)
+        _check.integer("hidden_dim_unpadded", self.hidden_dim_unpadded, 1, self.hidden_dim)
+        _check.integer("num_logical_experts", self.num_logical_experts, 1, self.num_experts)
         if isinstance(self.routing_method, str):
             _check.choice("routing_method", self.routing_method, RoutingMethodType.__members__)
             object.__setattr__(self, "routing_method", RoutingMethodType[self.routing_method])
@@ -295,6 +297,11 @@ class FusedMoEConfig:
         elif part is not None:
             self._settle("intermediate_size", part * tp_size)
         self._settle("intermediate_size_per_partition_unpadded", self.intermediate_size_per_partition)
+        unpadded = self.intermediate_size_per_partition_unpadded
+        if unpadded is not None:
+            _check.integer(
+                "intermediate_size_per_partition_unpadded", unpadded, 1, self.intermediate_size_per_partition
+            )
 
     # what the parallel config knows
     tp_size = _of_parallel("tp_size")

@@ -215,6 +215,13 @@ def test_width_follows_from_either_size():
         ({"experts_per_token": 9}, ValueError, "experts_per_token must be in 1..8, got 9"),
         ({"hidden_dim": 0}, ValueError, "hidden_dim must be >= 1, got 0"),
         ({"num_local_experts": 9}, ValueError, "num_local_experts must be in 0..8, got 9"),
+        ({"hidden_dim_unpadded": 65}, ValueError, "hidden_dim_unpadded must be in 1..64, got 65"),
+        ({"num_logical_experts": 9}, ValueError, "num_logical_experts must be in 1..8, got 9"),
+        (
+            {"intermediate_size": 32, "intermediate_size_per_partition_unpadded": 33},
+            ValueError,
+            "intermediate_size_per_partition_unpadded must be in 1..32, got 33",
+        ),
         ({"max_num_tokens": 0}, ValueError, "max_num_tokens must be >= 1, got 0"),
         ({"in_dtype": None}, TypeError, "in_dtype must be a dtype or a name, got None"),
         ({"in_dtype": 4}, TypeError, "dtype must be a NumPy, ml_dtypes or torch dtype or a name, got int"),
