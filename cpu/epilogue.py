@@ -20,16 +20,9 @@ def epilogue(activation, dtype):
     """The compiled epilogue; `activation` is a name of `act.SCALAR`, or "" for a plain store."""
     load, store = CODECS[dtype]
     if not activation:
-        return jit(store=store)(_plain)
-    activate = act.SCALAR[activation]
-    if activation.endswith("_no_mul"):
-        return jit(load=load, store=store, activate=activate)(_ungated)
-    return jit(load=load, store=store, activate=activate)(_gated)
-
-
-# ---- templates; jit(...) gives the names below their values ----
-
-load = store = activate = None
+        return jit(store_row=jit(store=store)(_store_row))(_plain)
+    activate_row = jit(load=load, store=store, activate=act.SCALAR[activation])(_activate_row)
+    return jit(activate_row=activate_row)(_ungated if activation.endswith("_no_mul") else _gated)
 
 
 @jit()
@@ -48,34 +41,43 @@ def _add_bias_and_scale(problem, sums, expert, first, row0, rows, column0, width
                 sums[r, j] *= scale
 
 
+# ---- templates; jit(...) gives the names below their values ----
+
+load = store = activate = store_row = activate_row = None
+
+
 def _plain(problem, sums, expert, row0, rows, column0, width):
     p = problem
     _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
     for r in range(rows):
-        target = p.out[row0 + r, column0 : column0 + width]
-        for j in range(width):
-            target[j] = store(sums[r, j])
+        store_row(sums[r, :width], p.out[row0 + r, column0 : column0 + width])
 
 
 def _ungated(problem, sums, expert, row0, rows, column0, width):
     p = problem
     _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
     for r in range(rows):
-        target = p.out[row0 + r, column0 : column0 + width]
-        for j in range(width):
-            h = load(store(sums[r, j]))
-            target[j] = store(activate(h, h, p.alpha, p.beta, p.limit))
+        h = sums[r, :width]
+        activate_row(h, h, p.alpha, p.beta, p.limit, p.out[row0 + r, column0 : column0 + width])
 
 
 def _gated(problem, sums, expert, row0, rows, column0, width):
     p = problem
     half = sums.shape[1] // 2
-    up_sums = sums[:, half:]
     _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
-    _add_bias_and_scale(p, up_sums, expert, p.first_up, row0, rows, column0, width)
+    _add_bias_and_scale(p, sums[:, half:], expert, p.first_up, row0, rows, column0, width)
     for r in range(rows):
-        target = p.out[row0 + r, column0 : column0 + width]
-        for j in range(width):
-            gate = load(store(sums[r, j]))
-            up = load(store(up_sums[r, j]))
-            target[j] = store(activate(gate, up, p.alpha, p.beta, p.limit))
+        gate, up = sums[r, :width], sums[r, half : half + width]
+        activate_row(gate, up, p.alpha, p.beta, p.limit, p.out[row0 + r, column0 : column0 + width])
+
+
+# The loops over a row are functions of their own: inside the loops over rows LLVM does not turn them into
+# vector code.
+def _store_row(sums, out):
+    for j in range(out.size):
+        out[j] = store(sums[j])
+
+
+def _activate_row(gate, up, alpha, beta, limit, out):
+    for j in range(out.size):
+        out[j] = store(activate(load(store(gate[j])), load(store(up[j])), alpha, beta, limit))
