@@ -133,9 +133,13 @@ def test_four_threads_at_once_get_the_same_bits(dtype):
 
 @given(problem=problems(activations=("silu",)))
 def test_doubling_the_weights_doubles_the_output(xp, problem):
-    doubled = problem._replace(topk_weights=2 * problem.topk_weights)
-    with np.errstate(over="ignore"):
-        assert run(doubled, xp).tobytes() == (2 * run(problem, xp)).tobytes()
+    doubled = run(problem._replace(topk_weights=2 * problem.topk_weights), xp).astype(np.float64)
+    expected = 2 * run(problem, xp).astype(np.float64)
+    # float16 has subnormals in reach, whose step does not double: half a step for each y and for their sum
+    steps = problem.topk_ids.shape[1] + 1 if problem.hidden_states.dtype == np.float16 else 0
+    unbounded = ~np.isfinite(doubled)
+    assert (np.abs(doubled - expected)[~unbounded] <= steps * 2.0**-24).all()
+    assert (np.abs(expected[unbounded]) > 65504).all()
 
 
 @given(problem=problems(), seed=st.integers(0, 1000))
