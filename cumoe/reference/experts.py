@@ -48,7 +48,7 @@ def fused_experts(
     """The formula of this file for every row of `hidden_states`, (T, H) float64 both."""
     num_tokens, hidden_size = hidden_states.shape
     dtype = hidden_states.dtype
-    x = hidden_states.astype(np.float64)
+    x = hidden_states.astype(np.float64, order="C")
     weights = np.asarray(topk_weights).astype(np.float32).astype(np.float64)
     experts = local_experts(topk_ids, len(w1), expert_map)
     out = np.zeros((num_tokens, hidden_size))
@@ -80,7 +80,7 @@ def fused_experts(
 
 def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None) -> Bounded:
     """``x @ weights.T + bias`` summed in float32."""
-    w = weights.astype(np.float64)
+    w = weights.astype(np.float64, order="C")
     b = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
     terms, absolute = w.shape[1] + 2, np.abs(w)
     with np.errstate(invalid="ignore", over="ignore"):
