@@ -17,7 +17,7 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 _GROUP_STEP = 16 * 32 * 2  # bytes of 16 rows x 32 values of K
 _PANEL_BLOCK = 16 * 16 * 4  # bytes of 16 columns x 32 values of K: one weight register, contiguous
-_SUMS_STRIDE = 32 * 4  # bytes of a row of 32 float32 sums
+_SUMS_STRIDE = 16 * 4  # bytes of a row of a half of the sums
 
 # Tile registers: sums 0..3 (row group, column half), rows 4 and 5, weights 6 and 7.
 _ROWS, _WEIGHTS = (4, 5), (6, 7)
@@ -32,7 +32,7 @@ def permitted() -> bool:
 
 
 @intrinsic
-def tile(typing_context, rows, a, a_stride, panel, steps, sums, accumulate):
+def tile(typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines):
     """Up to 16 rows (one row group) or 32 (two groups, `a_stride` bytes apart) times a panel of 32 columns."""
 
     def codegen(context, builder, signature, arguments):
@@ -45,7 +45,7 @@ def tile(typing_context, rows, a, a_stride, panel, steps, sums, accumulate):
                 _emit(builder, [constant(16), builder.sub(rows, constant(16))], *operands)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), codegen
+    return _ir.TILE_ARGUMENTS, codegen
 
 
 tile.__qualname__ = "tile-amx"
@@ -73,13 +73,15 @@ def _emit(
     panel: ir.Value,
     steps: ir.Value,
     sums: ir.Value,
+    half: ir.Value,
     accumulate: ir.Value,
+    ahead: ir.Value,
+    lines: ir.Value,
 ) -> None:
     groups = range(len(group_rows))
     _configure(builder, group_rows)
-    sums_address = {
-        2 * g + half: builder.add(sums, constant(g * 16 * _SUMS_STRIDE + half * 64)) for g in groups for half in (0, 1)
-    }
+    halves = sums, builder.add(sums, half)
+    sums_address = {2 * g + h: builder.add(halves[h], constant(g * 16 * _SUMS_STRIDE)) for g in groups for h in (0, 1)}
     resume = builder.icmp_signed("!=", accumulate, constant(0))
     with builder.if_else(resume) as (resumed, fresh):
         with resumed:
@@ -96,15 +98,18 @@ def _emit(
     step.add_incoming(constant(0), before)
     panel_step = builder.add(panel, builder.mul(step, constant(2 * _PANEL_BLOCK)))
     row_step = builder.add(a, builder.mul(step, constant(_GROUP_STEP)))
-    for half in (0, 1):
-        _load(builder, _WEIGHTS[half], builder.add(panel_step, constant(_PANEL_BLOCK * half)), constant(64))
+    with cgutils.for_range(builder, lines) as line:
+        number = builder.add(builder.mul(step, lines), line.index)
+        _ir.prefetch(builder, builder.add(ahead, builder.mul(number, constant(64))))
+    for h in (0, 1):
+        _load(builder, _WEIGHTS[h], builder.add(panel_step, constant(_PANEL_BLOCK * h)), constant(64))
     for g in groups:
         _load(builder, _ROWS[g], builder.add(row_step, builder.mul(a_stride, constant(g))), constant(64))
-        for half in (0, 1):
-            registers = [_number(register) for register in (2 * g + half, _ROWS[g], _WEIGHTS[half])]
+        for h in (0, 1):
+            registers = [_number(register) for register in (2 * g + h, _ROWS[g], _WEIGHTS[h])]
             _ir.call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), registers)
     following = builder.add(step, constant(1))
-    step.add_incoming(following, loop)
+    step.add_incoming(following, builder.block)
     after = builder.append_basic_block("store")
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
 

@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
+
+# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines). `a`, `panel`, `sums`
+# and `ahead` are addresses, `a_stride` and `half` (from the gate sums to the up sums) are bytes; `accumulate` != 0
+# goes on from `sums`. While it multiplies, step s asks for `lines` cache lines from ``ahead + 64 * s * lines`` on,
+# so that the next weights travel meanwhile.
+TILE_ARGUMENTS = types.void(*[types.int64] * 10)
 
 
 class BFloat(ir.types._BaseFloatType):
@@ -53,6 +60,12 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, operands: Sequence[i
     """Call the LLVM intrinsic `name`."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line at `address`, for the L2 cache; an address without memory does no harm."""
+    flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # read, locality 2, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
 
 
 def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:

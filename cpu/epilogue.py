@@ -2,8 +2,10 @@
 What happens to a tile of float32 sums: bias, router weight, rounding, activation, store.
 
 The order is the reference's: ``h = (sum + bias) * scale``, rounded to the dtype of the activations,
-then the activation, rounded again. The tile is in the L1 cache, and each loop runs over consecutive
-elements, so that it becomes vector code.
+then the activation, rounded again. The sums of a panel are in the cache, the gate half and the up half
+(of a plain product: the first and the second half of the columns) each in one piece, so that the loops run
+over many consecutive elements and become vector code. `codes` holds the results before they are copied
+to their rows.
 """
 
 import functools
@@ -16,68 +18,77 @@ from cumoe.cpu.bits import CODECS
 
 
 @functools.cache
-def epilogue(activation, dtype):
-    """The compiled epilogue; `activation` is a name of `act.SCALAR`, or "" for a plain store."""
+def epilogue(activation, dtype, half):
+    """The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or ""."""
     load, store = CODECS[dtype]
     if not activation:
-        return jit(store_row=jit(store=store)(_store_row))(_plain)
-    activate_row = jit(load=load, store=store, activate=act.SCALAR[activation])(_activate_row)
-    return jit(activate_row=activate_row)(_ungated if activation.endswith("_no_mul") else _gated)
-
-
-@jit()
-def _add_bias_and_scale(problem, sums, expert, first, row0, rows, column0, width):
-    """``sums[r, j] = (sums[r, j] + bias of output column0 + j) * output_scale[pair of row]``, where given."""
-    p = problem
-    distance = p.distance
-    for r in range(rows):
-        if p.bias.size:
-            bias = p.bias[expert, first + column0 * distance :]
-            for j in range(width):
-                sums[r, j] += bias[j * distance]
-        if p.output_scale.size:
-            scale = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
-            for j in range(width):
-                sums[r, j] *= scale
+        return jit(finish=jit(store=store)(_store), half=half)(_each_half)
+    finish = jit(load=load, store=store, activate=act.SCALAR[activation])(_activate)
+    template = _each_half if activation.endswith("_no_mul") else _both_halves
+    return jit(finish=finish, half=half)(template)
 
 
 # ---- templates; jit(...) gives the names below their values ----
 
-load = store = activate = store_row = activate_row = None
+load = store = activate = finish = None
+half = 0
 
 
-def _plain(problem, sums, expert, row0, rows, column0, width):
+def _each_half(problem, sums, codes, expert, row0, rows, column0, width):
+    """Without a gate: ``out[row, column0 : column0 + width]`` from the two halves of the columns."""
     p = problem
-    _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
-    for r in range(rows):
-        store_row(sums[r, :width], p.out[row0 + r, column0 : column0 + width])
+    for side in range(2):
+        start = side * half
+        if start < width:
+            _add_bias_and_scale(p, sums[side], half, expert, p.first_gate, row0, rows, column0 + start, width - start)
+            h = sums[side].reshape(-1)[: rows * half]
+            finish(h, h, p.alpha, p.beta, p.limit, codes)
+            _copy_rows(codes, half, p.out, row0, rows, column0 + start, min(half, width - start))
 
 
-def _ungated(problem, sums, expert, row0, rows, column0, width):
+def _both_halves(problem, sums, codes, expert, row0, rows, column0, width):
+    """With a gate: one output for each pair of columns."""
     p = problem
-    _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
-    for r in range(rows):
-        h = sums[r, :width]
-        activate_row(h, h, p.alpha, p.beta, p.limit, p.out[row0 + r, column0 : column0 + width])
+    _add_bias_and_scale(p, sums[0], half, expert, p.first_gate, row0, rows, column0, width)
+    _add_bias_and_scale(p, sums[1], half, expert, p.first_up, row0, rows, column0, width)
+    gate, up = sums[0].reshape(-1)[: rows * half], sums[1].reshape(-1)[: rows * half]
+    finish(gate, up, p.alpha, p.beta, p.limit, codes)
+    _copy_rows(codes, half, p.out, row0, rows, column0, width)
 
 
-def _gated(problem, sums, expert, row0, rows, column0, width):
+def _store(sums, unused, alpha, beta, limit, codes):
+    for i in range(sums.size):
+        codes[i] = store(sums[i])
+
+
+def _activate(gate, up, alpha, beta, limit, codes):
+    for i in range(gate.size):
+        codes[i] = store(activate(load(store(gate[i])), load(store(up[i])), alpha, beta, limit))
+
+
+@jit(inline=True)
+def _add_bias_and_scale(problem, sums, half, expert, first, row0, rows, column0, width):
+    """``sums[r, j] = (sums[r, j] + bias of output column0 + j) * output_scale[pair of row]``, where given."""
     p = problem
-    half = sums.shape[1] // 2
-    _add_bias_and_scale(p, sums, expert, p.first_gate, row0, rows, column0, width)
-    _add_bias_and_scale(p, sums[:, half:], expert, p.first_up, row0, rows, column0, width)
+    if p.bias.size:
+        bias = p.bias[expert, first + column0 * p.distance :]
+        for r in range(rows):
+            for j in range(min(half, width)):
+                sums[r, j] += bias[j * p.distance]
+    if p.output_scale.size:
+        for r in range(rows):
+            scale = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
+            for j in range(half):
+                sums[r, j] *= scale
+
+
+@jit(inline=True)
+def _copy_rows(codes, half, out, row0, rows, column0, width):
     for r in range(rows):
-        gate, up = sums[r, :width], sums[r, half : half + width]
-        activate_row(gate, up, p.alpha, p.beta, p.limit, p.out[row0 + r, column0 : column0 + width])
-
-
-# The loops over a row are functions of their own: inside the loops over rows LLVM does not turn them into
-# vector code.
-def _store_row(sums, out):
-    for j in range(out.size):
-        out[j] = store(sums[j])
-
-
-def _activate_row(gate, up, alpha, beta, limit, out):
-    for j in range(out.size):
-        out[j] = store(activate(load(store(gate[j])), load(store(up[j])), alpha, beta, limit))
+        target = out[row0 + r]
+        if width == half:
+            for j in range(half):
+                target[column0 + j] = codes[r * half + j]
+        else:
+            for j in range(width):
+                target[column0 + j] = codes[r * half + j]

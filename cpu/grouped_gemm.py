@@ -90,8 +90,9 @@ def grouped_gemm(
     )
     row_blocks = np.empty((workers, block_rows * k_padded), row_dtype)
     panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), weights.dtype)
-    sums = np.empty((workers, block_rows, kern.columns), np.float32)
-    _loop(kern, dtype, activation)(problem, tasks, np.zeros(1, np.int64), row_blocks, panel_blocks, sums)
+    sums = np.empty((workers, 2, block_rows, kern.columns // 2), np.float32)
+    codes = np.empty((workers, block_rows * kern.columns // 2), out.dtype)
+    _loop(kern, dtype, activation)(problem, tasks, np.zeros(1, np.int64), row_blocks, panel_blocks, sums, codes)
     _threads.warn_if_slow()
 
 
@@ -125,14 +126,18 @@ _NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")
 @functools.cache
 def _loop(kernel, dtype, activation):
     """The compiled loop over tasks."""
-    multiply = jit(tile=kernel.tile, max_rows=kernel.max_rows, row_group=kernel.row_group, k_step=kernel.k_step)(
-        _multiply_panel
-    )
+    multiply = jit(
+        tile=kernel.tile,
+        max_rows=kernel.max_rows,
+        row_group=kernel.row_group,
+        k_step=kernel.k_step,
+        prefetch_lines=kernel.prefetch_lines,
+    )(_multiply_panel)
     worker = jit(
         multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
         pack_panel=pack.pack_panel(kernel),
-        finish=epilogue(activation, dtype),
+        finish=epilogue(activation, dtype, kernel.columns // 2),
         release=_amx.release if kernel.name == "amx" else _nothing,
     )(_work)
     return jit(parallel=True, worker=worker)(_all_workers)
@@ -173,44 +178,60 @@ def _nothing():
 
 # ---- templates; jit(...) gives the names below their values ----
 
-max_rows = row_group = k_step = 0
+max_rows = row_group = k_step = prefetch_lines = 0
 tile = multiply = pack_rows = pack_panel = finish = release = worker = None
 
 
-def _all_workers(problem, tasks, counter, row_blocks, panel_blocks, sums):
+def _all_workers(problem, tasks, counter, row_blocks, panel_blocks, sums, codes):
     for w in prange(row_blocks.shape[0]):
-        worker(problem, tasks, counter.ctypes.data, row_blocks[w], panel_blocks[w], sums[w])
+        worker(problem, tasks, counter.ctypes.data, row_blocks[w], panel_blocks[w], sums[w], codes[w])
 
 
-def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pass, sums):
-    """``sums[:rows] = row_block @ panel``, a piece of K at a time so that the piece of the panel stays in cache."""
+def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pass, more, sums):
+    """
+    ``sums[:, :rows] = row_block @ panel``, a piece of K at a time so that the piece of the panel stays in cache.
+
+    With `more`, the weights that follow this piece in memory are asked for meanwhile, each row block its share.
+    """
     steps = k_padded // k_step
+    step_bytes = panel_bytes // steps
     group_bytes = row_group * k_padded * row_block.itemsize
     blocks = (rows + max_rows - 1) // max_rows
+    lines = prefetch_lines if prefetch_lines else (step_bytes // 64 + blocks - 1) // blocks
     for step in range(0, steps, steps_per_pass):
+        count = min(steps_per_pass, steps - step)
+        piece = panel + step * step_bytes
         first_row = 0
         for block in range(blocks):
             if row_group == 1:  # blocks of almost one size
-                count = rows // blocks + (1 if block < rows % blocks else 0)
+                block_rows = rows // blocks + (1 if block < rows % blocks else 0)
             else:
-                count = min(max_rows, rows - first_row)
+                block_rows = min(max_rows, rows - first_row)
+            ahead, asked = piece, 0  # the piece is in the cache: asking for it costs nothing
+            if more and block * lines * 64 < step_bytes:
+                # one block reads the piece as it comes: a step ahead is enough, and as fast as memory gives
+                ahead += step_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
+                asked = lines
             tile(
-                count,
+                block_rows,
                 row_block.ctypes.data + first_row // row_group * group_bytes + step * (group_bytes // steps),
                 group_bytes,
-                panel + step * (panel_bytes // steps),
-                min(steps_per_pass, steps - step),
-                sums.ctypes.data + first_row * sums.shape[1] * 4,
+                piece,
+                count,
+                sums.ctypes.data + first_row * sums.shape[2] * 4,
+                sums.shape[1] * sums.shape[2] * 4,
                 step,
+                ahead,
+                asked,
             )
-            first_row += count
+            first_row += block_rows
 
 
-def _work(problem, tasks, counter, row_block, panel_block, sums):
+def _work(problem, tasks, counter, row_block, panel_block, sums, codes):
     """Take tasks until none is left."""
     p = problem
     outputs = p.out.shape[1]
-    panel_bytes = p.k_padded * sums.shape[1] * p.weights.itemsize
+    panel_bytes = p.k_padded * 2 * sums.shape[2] * p.weights.itemsize
     while True:
         task = microkernel.next_task(counter)
         if task >= tasks.shape[0]:
@@ -223,6 +244,6 @@ def _work(problem, tasks, counter, row_block, panel_block, sums):
             else:
                 pack_panel(p.weights, expert, panel, p.first_gate, p.first_up, p.distance, outputs, panel_block)
                 panel_address = panel_block.ctypes.data
-            multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, sums)
-            finish(p, sums, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
+            multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, p.panels.size > 0, sums)
+            finish(p, sums, codes, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
     release()

@@ -10,7 +10,7 @@ written in plain Numba in `epilogue.py`.
            (1, columns) for vector registers, (16, 16) for tile registers
     rows   (rows, K) float32, or bfloat16 for the kernels with a bfloat16 dot product; the AMX kernel
            takes groups of 16 rows, each (K / 32, 16, 32)
-    sums   (rows, columns) float32
+    sums   (2, rows, columns / 2) float32: the gate half and the up half each lie in one piece
 
 Every kernel adds the products of one output in one fixed order along K, whatever the number of rows, so
 the bits of a row do not depend on its neighbours. Which kernel serves a dtype is decided from the CPU's
@@ -43,7 +43,8 @@ class Kernel(NamedTuple):
     block_columns: int
     lanes: int  # 32-bit lanes of a vector
     row_dtype: str  # "float32" or "bfloat16": how the rows of activations arrive
-    tile: Any  # (rows, a, a_stride, panel, steps, sums, accumulate), addresses and bytes as int64
+    prefetch_lines: int  # of the weights to come, for each step; 0: as many as the caller says
+    tile: Any  # see _ir.TILE_ARGUMENTS
 
     @property
     def row_step_bytes(self) -> int:
@@ -55,6 +56,8 @@ class Kernel(NamedTuple):
         """Bytes of a panel per step of K."""
         return self.columns * self.k_step * 4 // self.pair
 
+
+_PREFETCH = 2  # cache lines per step of the vector kernels: two row blocks ask for a panel of 4 vectors
 
 # Feature sets that NUMBA_CPU_NAME stands for when it overrides the host's; others run the portable kernel.
 _NAMED_CPUS = {"haswell": {"avx2", "fma", "f16c"}}
@@ -112,9 +115,9 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
             f"no micro-kernel {name!r} for {dtype} on this CPU; available: {', '.join(available)}"
         )
     if name == "amx":
-        return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", _amx.tile)
+        return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", 0, _amx.tile)
     if name == "avx512bf16":
-        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _vector_tile("dot", 6, 4, 16, True))
+        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _PREFETCH, _vector_tile("dot", 6, 4, 16, True))
     narrow = dtype != "float32"
     lanes, vectors, rows, fused = {
         "avx512": (16, 4, 5 if narrow else 6, True),  # 24 sums + 4 weights + 1 broadcast of 32 registers
@@ -123,7 +126,7 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
     }[name]
     pair = 2 if narrow else 1
     tile = _vector_tile(dtype, rows, vectors, lanes, fused)
-    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", tile)
+    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", _PREFETCH, tile)
 
 
 def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool) -> Any:
@@ -134,21 +137,21 @@ def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool
     """
 
     @intrinsic
-    def tile(typing_context, rows, a, a_stride, panel, steps, sums, accumulate):
+    def tile(typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines):
         def codegen(context, builder, signature, arguments):
-            rows, a, a_stride, panel, steps, sums, accumulate = arguments
+            rows, *operands, _ = arguments
             done = builder.append_basic_block("done")
             switch = builder.switch(rows, done)
             for count in range(1, max_rows + 1):
                 block = builder.append_basic_block(f"rows{count}")
                 switch.add_case(constant(count), block)
                 builder.position_at_end(block)
-                _emit_rows(builder, kind, count, vectors, lanes, fused, a, a_stride, panel, steps, sums, accumulate)
+                _emit_rows(builder, kind, count, vectors, lanes, fused, *operands)
                 builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return _ir.TILE_ARGUMENTS, codegen
 
     tile.__qualname__ = f"tile-{kind}-{max_rows}-{vectors}x{lanes}-{fused}"
     return tile
@@ -166,7 +169,9 @@ def _emit_rows(
     panel: ir.Value,
     steps: ir.Value,
     sums: ir.Value,
+    half: ir.Value,
     accumulate: ir.Value,
+    ahead: ir.Value,
 ) -> None:
     """``sums[r, c] = (sums[r, c] if accumulate) + sum over steps of a[r, s] * panel[s, c]`` for `rows` rows."""
     floats = ir.VectorType(ir.FloatType(), lanes)
@@ -175,8 +180,11 @@ def _emit_rows(
     panel_step = constant(vector_bytes * vectors)
     row_words = 1 if kind in ("float32", "dot") else 2  # 32-bit words of a row per step
     row_start = [builder.add(a, builder.mul(a_stride, constant(r))) for r in range(rows)]
+    side = vectors // 2  # vectors of a half
+    halves = sums, builder.add(sums, half)
     tile_address = [
-        [builder.add(sums, constant((r * vectors + v) * vector_bytes)) for v in range(vectors)] for r in range(rows)
+        [builder.add(halves[v // side], constant((r * side + v % side) * vector_bytes)) for v in range(vectors)]
+        for r in range(rows)
     ]
     before = builder.block
     load_block, loop, after = (builder.append_basic_block(name) for name in ("resume", "k", "store"))
@@ -198,11 +206,15 @@ def _emit_rows(
     new = [list(row) for row in acc]
     panel_row = builder.add(panel, builder.mul(step, panel_step))
     row_offset = builder.mul(step, constant(4 * row_words))
-    for half in range(row_words):
+    for line in range(_PREFETCH):
+        _ir.prefetch(
+            builder, builder.add(ahead, builder.add(builder.mul(step, constant(64 * _PREFETCH)), constant(64 * line)))
+        )
+    for part in range(row_words):
         loaded = [_ir.load(builder, builder.add(panel_row, constant(v * vector_bytes)), words) for v in range(vectors)]
-        weights = [_widen(builder, kind, half, word, floats) for word in loaded]
+        weights = [_widen(builder, kind, part, word, floats) for word in loaded]
         for r in range(rows):
-            address = builder.add(builder.add(row_start[r], row_offset), constant(4 * half))
+            address = builder.add(builder.add(row_start[r], row_offset), constant(4 * part))
             row = _ir.splat(builder, _ir.load(builder, address, words.element), lanes)
             for v in range(vectors):
                 new[r][v] = _multiply_add(builder, kind, fused, row, weights[v], new[r][v], floats)

@@ -84,7 +84,7 @@ def moe_align_block_size(
     side, (topk_ids, expert_map) = _arrays.enter(topk_ids=topk_ids, expert_map=expert_map)
     _check.topk_ids(topk_ids)
     block_size = _check.integer("block_size", block_size, 1, _LARGEST)
-    num_experts = _check.integer("num_experts", num_experts, 1)
+    num_experts = _check.integer("num_experts", num_experts, 1, _LARGEST)
     _check.expert_map(expert_map, num_experts)
     size = topk_ids.size + num_experts * (block_size - 1)
     if pad_sorted_ids:
@@ -218,7 +218,7 @@ def naive_block_assignment(topk_ids: Array, block_size: int, num_experts: int) -
     side, (topk_ids,) = _arrays.enter(topk_ids=topk_ids)
     _check.topk_ids(topk_ids)
     block_size = _check.integer("block_size", block_size, 1, _LARGEST)
-    num_experts = _check.integer("num_experts", num_experts, 1)
+    num_experts = _check.integer("num_experts", num_experts, 1, _LARGEST)
     post_padded = _check.integer("T*k * block_size", topk_ids.size * block_size, 0, _LARGEST)
     expert_ids = side.xp.empty(topk_ids.size, np.int32)
     _arrays.room(side.xp, "align").naive_block_assignment(_arrays.bits(topk_ids), expert_ids, num_experts)
@@ -312,7 +312,7 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
     """
     side, (topk_ids, expert_map) = _arrays.enter(topk_ids=topk_ids, expert_map=expert_map)
     _check.topk_ids(topk_ids)
-    num_local_experts = _check.integer("num_local_experts", num_local_experts, 1)
+    num_local_experts = _check.integer("num_local_experts", num_local_experts, 1, _LARGEST)
     _check.expert_map(expert_map)
     out = side.xp.empty(num_local_experts, np.int32)
     _arrays.room(side.xp, "align").count_expert_num_tokens(_arrays.bits(topk_ids), _map(side.xp, expert_map), out)

@@ -13,7 +13,7 @@ from cumoe._prepare import PreparedExperts
 
 _IDS = ("int32", "int64", "uint32")
 _WEIGHTS = ("float32", "float64", "float16", "bfloat16")
-_ON_INPUT = (False, True, "hidden_states", "accumulator")
+ON_INPUT = (False, True, "hidden_states", "accumulator")
 
 
 class Scratch(NamedTuple):
@@ -180,25 +180,25 @@ def enter_call(
         side, (x, weights, ids, expert_map, out) = _arrays.enter(**arrays)
     else:
         side, experts, x, weights, ids, expert_map, out = take_experts(w1, w2, activation, quant_config, **arrays)
-    _check.choice("apply_router_weight_on_input", on_input, _ON_INPUT)
+    _check.choice("apply_router_weight_on_input", on_input, ON_INPUT)
     _check.ndim("hidden_states", x, "(T, H)", 2)
-    num_tokens, hidden_size = len(x), experts.hidden_size
-    _check.shape("hidden_states", x, "(T, H)", (num_tokens, hidden_size))
-    _check.dtype("hidden_states", x, (experts.dtype,))
     _check.ndim("topk_ids", ids, "(T, k)", 2)
-    _check.dtype("topk_ids", ids, _IDS)
-    top_k = ids.shape[1]
-    _check.shape("topk_ids", ids, "(T, k)", (num_tokens, top_k))
-    _check.dtype("topk_weights", weights, _WEIGHTS)
-    _check.shape("topk_weights", weights, "(T, k)", (num_tokens, top_k))
-    _check.integer("T * k", num_tokens * top_k, 0, 2**31 - 1)
+    hidden_size = experts.hidden_size
+    num_tokens = len(x) if x.shape[1] == hidden_size else len(ids)
+    _check.shape("hidden_states", x, "(T, H)", (num_tokens, hidden_size))
+    if x.dtype.name != experts.dtype:
+        raise TypeError(
+            f"hidden_states must have the dtype of w1 = {experts.dtype}, got {x.dtype.name}; convert one of them"
+        )
+    top_k = check_routing(weights, ids, num_tokens)
     num_global = _global_experts(experts, expert_map, global_num_experts)
     if check:
-        _check_values(x, weights, ids, num_global)
+        _check_values(x, weights, ids, expert_map, num_global, experts.num_experts)
     if out is None:
         out = side.xp.empty((num_tokens, hidden_size), x.dtype)
     else:
         inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "w1": experts.w1, "w2": experts.w2}
+        inputs["expert_map"] = expert_map
         _check.output("out", out, "(T, H)", (num_tokens, hidden_size), experts.dtype, **inputs)
     tokens_per_piece = _plan.tokens_per_piece(
         workspace_limit, num_tokens, top_k, experts.num_experts, hidden_size, experts.intermediate_size, experts.dtype
@@ -214,6 +214,46 @@ def enter_call(
         out,
         tokens_per_piece,
     )
+
+
+def check_routing(topk_weights: Any, topk_ids: Any, num_tokens: int) -> int:
+    """Check the choices of `num_tokens` tokens and return k."""
+    _check.ndim("topk_ids", topk_ids, "(T, k)", 2)
+    _check.dtype("topk_ids", topk_ids, _IDS)
+    top_k = int(topk_ids.shape[1])
+    _check.shape("topk_ids", topk_ids, "(T, k)", (num_tokens, top_k))
+    _check.dtype("topk_weights", topk_weights, _WEIGHTS)
+    _check.shape("topk_weights", topk_weights, "(T, k)", (num_tokens, top_k))
+    _check.integer("T * k", num_tokens * top_k, 0, 2**31 - 1)
+    return top_k
+
+
+def check_logits(
+    router_logits: Array,
+    w1: Array | PreparedExperts,
+    expert_map: Array | None,
+    global_num_experts: int | None,
+    check: bool,
+) -> None:
+    """Raise if the logits are not for the experts that ids count over; with `check`, if one is NaN or +inf."""
+    logits = _arrays.enter(router_logits=router_logits)[1][0]
+    _check.ndim("router_logits", logits, "(T, global_num_experts)", 2)
+    if global_num_experts is None:
+        count = _length(w1, 3) if expert_map is None else _length(expert_map, 1)
+    else:
+        count = _check.integer("global_num_experts", global_num_experts, 1)
+    if count is not None:
+        _check.shape("router_logits", logits, "(T, global_num_experts)", (len(logits), count))
+    if check:
+        _check_finite("router_logits", logits, "finite or -inf", -np.inf)
+
+
+def _length(array: Any, num_axes: int) -> int | None:
+    """Experts that the first axis counts; None for an array without these axes, which is refused later."""
+    if isinstance(array, PreparedExperts):
+        return array.num_experts
+    shape: Any = getattr(array, "shape", ())
+    return int(shape[0]) if len(shape) == num_axes else None
 
 
 def _prepared(w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
@@ -239,15 +279,18 @@ def _global_experts(experts: Experts, expert_map: Any, global_num_experts: int |
     return global_num_experts
 
 
-def _check_values(x: Any, weights: Any, ids: Any, num_experts: int) -> None:
+def _check_values(x: Any, weights: Any, ids: Any, expert_map: Any, num_global: int, num_experts: int) -> None:
     """The checks that read data, for ``check=True``."""
-    wide = ids.astype(np.int64)
-    outside = (wide >= num_experts) | (wide < -1)
+    if expert_map is not None and bool((expert_map >= num_experts).any()):
+        i = int((expert_map >= num_experts).argmax())
+        raise ValueError(f"expert_map must be < E = {num_experts}, got {int(expert_map[i])} at index {i}")
+    signed = ids.view("int32") if ids.dtype.name == "uint32" else ids  # -1 skips, whatever the dtype calls it
+    outside = (signed >= num_global) | (signed < -1)
     if bool(outside.any()):
         t, j = (int(i[0]) for i in outside.nonzero())
-        raise ValueError(
-            f"topk_ids must be in 0..{num_experts - 1}, or -1 to skip, got {int(wide[t, j])} for token {t}, choice {j}"
-        )
+        got = int(ids[t, j])
+        raise ValueError(f"topk_ids must be in 0..{num_global - 1}, or -1 to skip, got {got} for token {t}, choice {j}")
+    wide = signed.astype(np.int64)
     ordered = wide * (weights != 0) - (weights == 0)  # a choice of weight 0 may repeat another: it adds nothing
     ordered.sort(axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
@@ -255,7 +298,11 @@ def _check_values(x: Any, weights: Any, ids: Any, num_experts: int) -> None:
         t, j = (int(i[0]) for i in twice.nonzero())
         raise ValueError(f"topk_ids must be distinct in a row, got {int(ordered[t, j])} twice for token {t}")
     for name, array in (("hidden_states", x), ("topk_weights", weights)):
-        finite = abs(array.astype(np.float32)) < np.inf
-        if not bool(finite.all()):
-            t, j = (int(i[0]) for i in (~finite).nonzero())
-            raise ValueError(f"{name} must be finite, got {float(array[t, j])} at [{t}, {j}]")
+        _check_finite(name, array, "finite")
+
+
+def _check_finite(name: str, array: Any, rule: str, allowed: float = 0.0) -> None:
+    bad = ~(abs(array.astype(np.float32)) < np.inf) & (array != allowed)
+    if bool(bad.any()):
+        i, j = (int(where[0]) for where in bad.nonzero())
+        raise ValueError(f"{name} must be {rule}, got {float(array[i, j])} at [{i}, {j}]")

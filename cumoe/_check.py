@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 
+def given(name: str, array: Any) -> None:
+    """Raise TypeError if an array that must be there is None."""
+    if array is None:
+        raise TypeError(f"{name} must be an array, got None")
+
+
 def shape(name: str, array: Any, letters: str, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless `array` has the shape that `letters` spells, as in ``"(E, 2I, H)"``."""
+    given(name, array)
     got = tuple(array.shape)
     if got == expected:
         return
@@ -25,18 +32,21 @@ def shape(name: str, array: Any, letters: str, expected: tuple[int, ...]) -> Non
 
 def ndim(name: str, array: Any, letters: str, expected: int) -> None:
     """Raise ValueError unless `array` has `expected` axes, spelt by `letters`."""
+    given(name, array)
     if array.ndim != expected:
         raise ValueError(f"{name} must have {expected} axes {letters}, got shape {tuple(array.shape)}")
 
 
 def dtype(name: str, array: Any, allowed: Collection[str]) -> None:
     """Raise TypeError unless the dtype's name is one of `allowed`."""
+    given(name, array)
     if array.dtype.name not in allowed:
         raise TypeError(f"{name} must be {_either(allowed)}, got {array.dtype.name}")
 
 
 def same_dtype(name: str, array: Any, other_name: str, other: Any) -> None:
     """Raise TypeError unless both arrays have one dtype."""
+    given(name, array)
     if array.dtype != other.dtype:
         wanted, got = other.dtype.name, array.dtype.name
         raise TypeError(f"{name} must have the dtype of {other_name} = {wanted}, got {got}; convert one of them")
@@ -55,6 +65,8 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
+    if getattr(value, "shape", ()):  # comparing it would give an array
+        raise TypeError(f"{name} must be {_either(allowed)}, got {type(value).__name__}")
     if value not in allowed:
         raise ValueError(f"{name} must be {_either(allowed)}, got {value!r}")
 

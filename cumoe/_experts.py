@@ -7,6 +7,8 @@ import numpy as np
 from cumoe import _arrays, _check
 from cumoe._act import is_gated, is_interleaved, parameters
 from cumoe._arrays import Array, Side
+from cumoe._quant_config import FusedMoEQuantConfig
+from cumoe._quant_desc import dtype_name
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -51,27 +53,17 @@ def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arr
     Returns (side, experts, the arrays in their order).
     """
     alpha, beta, limit = parameters(activation, quant_config)
-    _refuse_quantised(quant_config)
+    refuse_quantised(quant_config)
     biases = {} if quant_config is None else {"w1_bias": quant_config.w1_bias, "w2_bias": quant_config.w2_bias}
-    side, (w1, w2, w1_bias, w2_bias, *others) = _arrays.enter(
-        w1=w1, w2=w2, w1_bias=biases.get("w1_bias"), w2_bias=biases.get("w2_bias"), **arrays
-    )
-    _check.ndim("w1", w1, "(E, 2I, H)", 3)
-    _check.ndim("w2", w2, "(E, H, I)", 3)
-    _check.dtype("w1", w1, DTYPES)
-    _check.same_dtype("w2", w2, "w1", w1)
-    num_experts, rows, hidden_size = w1.shape
-    intermediate_size = w2.shape[2]
-    for letter, size in (("E", num_experts), ("H", hidden_size), ("I", intermediate_size)):
-        if size < 1:
-            raise ValueError(f"w1 and w2 must have {letter} >= 1, got shapes {tuple(w1.shape)} and {tuple(w2.shape)}")
-    letters, factor = ("(E, 2I, H)", 2) if is_gated(activation) else ("(E, I, H)", 1)
-    _check.shape("w2", w2, "(E, H, I)", (num_experts, hidden_size, intermediate_size))
-    _check.shape("w1", w1, letters, (num_experts, factor * intermediate_size, hidden_size))
+    given = {"w1": w1, "w2": w2, "w1_bias": biases.get("w1_bias"), "w2_bias": biases.get("w2_bias"), **arrays}
+    side, (w1, w2, w1_bias, w2_bias, *others) = _arrays.enter(**given)
+    tokens = dict(zip(arrays, others, strict=True)).get("hidden_states")
+    hidden_size, intermediate_size = check_weights(w1, w2, activation, tokens)
+    num_experts, rows, letters = len(w1), w1.shape[1], "(E, 2I)" if is_gated(activation) else "(E, I)"
     experts = Experts(
         _weight_bits(w1),
         _weight_bits(w2),
-        _bias(side, "w1_bias", w1_bias, letters[:-4] + ")", (num_experts, rows)),
+        _bias(side, "w1_bias", w1_bias, letters, (num_experts, rows)),
         _bias(side, "w2_bias", w2_bias, "(E, H)", (num_experts, hidden_size)),
         w1.dtype.name,
         num_experts,
@@ -86,6 +78,28 @@ def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arr
     return (side, experts, *others)
 
 
+def check_weights(w1: Array, w2: Array, activation: str, hidden_states: Array | None = None) -> tuple[int, int]:
+    """Check the weights against each other and return H and I; of arrays that disagree, the odd one is named."""
+    for name, array, letters in (("w1", w1, "(E, 2I, H)"), ("w2", w2, "(E, H, I)")):
+        _check.ndim(name, array, letters, 3)
+    _check.dtype("w1", w1, DTYPES)
+    _check.same_dtype("w2", w2, "w1", w1)
+    letters, factor = ("(E, 2I, H)", 2) if is_gated(activation) else ("(E, I, H)", 1)
+    votes = [w1.shape[2], w2.shape[1]]
+    if hidden_states is not None and hidden_states.ndim == 2:
+        votes.append(hidden_states.shape[1])
+    if tuple(w1.shape[1:]) == (w2.shape[1], factor * w2.shape[2]):  # the axes of w1 look swapped
+        votes.append(w2.shape[1])
+    hidden_size = max(votes, key=votes.count)
+    intermediate_size = w2.shape[2] if w2.shape[1] == hidden_size else w1.shape[1] // factor
+    for letter, size in (("E", len(w1)), ("H", hidden_size), ("I", intermediate_size)):
+        if size < 1:
+            raise ValueError(f"w1 and w2 must have {letter} >= 1, got shapes {tuple(w1.shape)} and {tuple(w2.shape)}")
+    _check.shape("w1", w1, letters, (len(w1), factor * intermediate_size, hidden_size))
+    _check.shape("w2", w2, "(E, H, I)", (len(w1), hidden_size, intermediate_size))
+    return hidden_size, intermediate_size
+
+
 def _weight_bits(weights: Array) -> Array:
     """Bits of weights whose rows lie anywhere; copied only if the elements of a row are not neighbours."""
     if weights.dtype.itemsize == 2:
@@ -98,16 +112,25 @@ def _weight_bits(weights: Array) -> Array:
 def _bias(side: Side, name: str, bias: Array, letters: str, shape: tuple[int, int]) -> Array:
     if bias is None:
         return side.xp.empty((0, 0), np.float32)
-    _check.shape(name, bias, letters, shape)
-    _check.dtype(name, bias, DTYPES)
+    check_bias(name, bias, letters, shape)
     return _arrays.bits(bias.astype(np.float32))
 
 
-def _refuse_quantised(quant_config: Any) -> None:
+def check_bias(name: str, bias: Array | None, letters: str, shape: tuple[int, int]) -> None:
+    """Check a bias against the rows of its weights; None passes."""
+    if bias is not None:
+        _check.shape(name, bias, letters, shape)
+        _check.dtype(name, bias, DTYPES)
+
+
+def refuse_quantised(quant_config: Any) -> None:
+    """Raise unless `quant_config` is None or says that nothing is quantised."""
     if quant_config is None:
         return
+    if not isinstance(quant_config, FusedMoEQuantConfig):
+        raise TypeError(f"quant_config must be a FusedMoEQuantConfig, got {type(quant_config).__name__}")
     for desc in (quant_config._a1, quant_config._a2, quant_config._w1, quant_config._w2):
         if desc.dtype is not None:
             raise NotImplementedError(
-                f"no kernel for quant_config with dtype {desc.dtype!r}; available: unquantised, biased"
+                f"no kernel for quant_config with dtype {dtype_name(desc.dtype)!r}; available: unquantised, biased"
             )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cumoe._arrays import Array
-from cumoe._call import enter_call
+from cumoe._call import check_logits, enter_call
 from cumoe._prepare import PreparedExperts
 from cumoe._select_experts import select_experts
 
@@ -60,7 +60,8 @@ def fused_experts(
     out : (T, H) array, optional
         Written and returned if given; C-contiguous, must not share memory with the inputs.
     check : bool, default False
-        Look at values too: ids in range and distinct in a row, weights and tokens finite.
+        Look at values too: ids in range and distinct in a row, weights and tokens finite, `expert_map`
+        below E.
     workspace_limit : int, optional
         Most bytes of scratch; tokens are done in pieces that fit, with the same bits.
 
@@ -182,7 +183,7 @@ def fused_moe(
     activation, quant_config, apply_router_weight_on_input, expert_map, global_num_experts
         As in `fused_experts`.
     out, check, workspace_limit
-        As in `fused_experts`.
+        As in `fused_experts`; `check` also looks for logits that are NaN or +inf.
 
     Returns
     -------
@@ -210,6 +211,8 @@ def fused_moe(
     >>> cumoe.fused_moe(x, w1, w2, logits, top_k=2).shape
     (2, 4)
     """
+    if custom_routing_function is None:
+        check_logits(router_logits, w1, expert_map, global_num_experts, check)
     topk_weights, topk_ids = select_experts(
         hidden_states,
         router_logits,

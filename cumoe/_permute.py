@@ -87,7 +87,7 @@ def moe_permute(
     side, (x, scale, ids, expert_map, given) = _arrays.enter(
         hidden_states=hidden_states, a1q_scale=a1q_scale, topk_ids=topk_ids, expert_map=expert_map, out=out
     )
-    num_experts = _check.integer("num_experts", num_experts, 1)
+    num_experts = _check.integer("num_experts", num_experts, 1, 2**31 - 1)
     num_local = _local_experts(num_experts, num_local_experts, expert_map)
     _check_tokens(x, scale, ids)
     num_tokens, top_k = ids.shape
@@ -186,7 +186,7 @@ def moe_permute_aligned(
     side, (x, scale, ids, expert_map, given) = _arrays.enter(
         hidden_states=hidden_states, a1q_scale=a1q_scale, topk_ids=topk_ids, expert_map=expert_map, out=out
     )
-    num_local = _check.integer("num_local_experts", num_local_experts, 1)
+    num_local = _check.integer("num_local_experts", num_local_experts, 1, 2**31 - 1)
     _check.expert_map(expert_map)
     _check_tokens(x, scale, ids)
     num_tokens, top_k = ids.shape
@@ -245,7 +245,7 @@ def aligned_num_rows(num_tokens: int, top_k: int, num_local_experts: int, alignm
     """
     num_tokens = _check.integer("num_tokens", num_tokens, 0)
     top_k = _check.integer("top_k", top_k, 0)
-    num_local_experts = _check.integer("num_local_experts", num_local_experts, 1)
+    num_local_experts = _check.integer("num_local_experts", num_local_experts, 1, 2**31 - 1)
     alignment = _check.integer("alignment", alignment, 1, 2**31 - 1)
     pairs = num_tokens * top_k
     rows = pairs + min(pairs, num_local_experts) * (alignment - 1)

@@ -128,10 +128,12 @@ def prepare(
     """
     if device is not None:
         _check.choice("device", device, ("cpu",))
-    side, experts = take_experts(w1, w2, activation, quant_config)
-    if experts.is_packed:
+    if isinstance(w1, PreparedExperts):
         raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; it is prepared already")
+    side, experts = take_experts(w1, w2, activation, quant_config)
     if out is not None:
+        if not isinstance(out, PreparedExperts):
+            raise TypeError(f"out must be PreparedExperts, got {type(out).__name__}")
         _must_match(out.experts, experts)
     room = _arrays.room(side.xp, "pack")
     gating = {"w1": experts.is_gated, "w2": False}

@@ -212,6 +212,7 @@ def hash_topk(
         bias_vl=bias_vl,
     )
     num_tokens, num_experts = arguments.shape_of(logits)
+    _check.given("input_ids", tokens)
     _check.ndim("hash_indices_table", table, "(V, k)", 2)
     _check.dtype("hash_indices_table", table, arguments.INTEGERS)
     top_k = _check.integer("hash_indices_table.shape[1]", table.shape[1], 1, num_experts)

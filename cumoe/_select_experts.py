@@ -180,6 +180,8 @@ def select_experts(
                 "routed_scaling_factor must be 1 with custom_routing_function, "
                 f"got {routed_scaling_factor}; scale inside the function"
             )
+        if not callable(custom_routing_function):
+            raise TypeError(f"custom_routing_function must be callable, got {type(custom_routing_function).__name__}")
         given = custom_routing_function(hidden_states, router_logits, top_k, renormalize)
         topk_weights, topk_ids = _take_custom(given, num_tokens, top_k, indices_dtype)
         topk_weights, topk_ids = _without_padding(side, topk_weights, topk_ids, padding)
@@ -314,6 +316,10 @@ def llama4_routing(hidden_states: Any, gating_output: Array, topk: int, renormal
     >>> cumoe.llama4_routing(None, np.array([[-1, 0]], np.float32), 1, False)
     (array([[0.5]], dtype=float32), array([[1]], dtype=int32))
     """
+    _, (logits,) = _arrays.enter(gating_output=gating_output)
+    _check.ndim("gating_output", logits, "(T, E)", 2)
+    _check.dtype("gating_output", logits, arguments.FLOATS)
+    _check.integer("topk", topk, 1, logits.shape[1])
     topk_weights, topk_ids = fused_topk(gating_output, topk, renormalize=False, scoring_func="sigmoid")
     return topk_weights, topk_ids
 
@@ -365,6 +371,7 @@ def _appended(
     weight = arguments.number("shared_expert_weight", shared_expert_weight)
     if num_fused_shared_experts == 0:
         return topk_weights, topk_ids
+    _check.integer("num_experts + num_fused_shared_experts", num_experts + num_fused_shared_experts, 1, 2**31 - 1)
     xp, shape = side.xp, (topk_ids.shape[0], num_fused_shared_experts)
     ids = xp.arange(num_experts, num_experts + num_fused_shared_experts).astype(topk_ids.dtype)
     weights, ids = _without_padding(side, xp.full(shape, weight, "float32"), xp.broadcast_to(ids, shape), padding)

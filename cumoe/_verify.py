@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 
 from cumoe import _arrays, _check
-from cumoe._act import parameters
+from cumoe._act import is_gated, parameters
 from cumoe._arrays import Array
+from cumoe._call import ON_INPUT, check_routing
+from cumoe._experts import check_bias, check_weights, refuse_quantised
+from cumoe._prepare import PreparedExperts
 from cumoe.reference import experts
 
 
@@ -115,6 +118,11 @@ def verify(
     >>> cumoe.verify(2 * out, x, w1, w2, weights, ids).ok
     False
     """
+    if isinstance(w1, PreparedExperts):
+        raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; pass what it was prepared from")
+    alpha, beta, limit = parameters(activation, quant_config)
+    refuse_quantised(quant_config)
+    _check.choice("apply_router_weight_on_input", apply_router_weight_on_input, ON_INPUT)
     biases = (None, None) if quant_config is None else (quant_config.w1_bias, quant_config.w2_bias)
     arrays = _arrays.enter(
         out=out,
@@ -127,15 +135,21 @@ def verify(
         w1_bias=biases[0],
         w2_bias=biases[1],
     )[1]
-    _check.shape("out", arrays[0], "(T, H)", tuple(arrays[1].shape))
-    num_tokens = len(arrays[0])
+    hidden_size, _ = check_weights(arrays[2], arrays[3], activation, arrays[1])
+    _check.ndim("hidden_states", arrays[1], "(T, H)", 2)
+    num_tokens = len(arrays[1])
+    _check.shape("hidden_states", arrays[1], "(T, H)", (num_tokens, hidden_size))
+    _check.shape("out", arrays[0], "(T, H)", (num_tokens, hidden_size))
+    check_routing(arrays[4], arrays[5], num_tokens)
+    _check.expert_map(arrays[6])
+    check_bias("w1_bias", arrays[7], "(E, 2I)" if is_gated(activation) else "(E, I)", tuple(arrays[2].shape[:2]))
+    check_bias("w2_bias", arrays[8], "(E, H)", tuple(arrays[3].shape[:2]))
     if sample is None or _check.integer("sample", sample, 0) >= num_tokens:
         tokens = np.arange(num_tokens)
     else:
         tokens = np.sort(np.random.default_rng(seed).choice(num_tokens, sample, replace=False))
     per_token = [_host(array[tokens]) for array in (arrays[0], arrays[1], arrays[4], arrays[5])]
     computed, x, weights, ids = per_token
-    alpha, beta, limit = parameters(activation, quant_config)
     exact = experts.fused_experts(
         x,
         _host(arrays[2]),

@@ -168,10 +168,10 @@ prange: Any = None
 
 def _repeat(a, a_stride, panel, steps, sums, repeats):  # type: ignore[no-untyped-def]
     for _ in range(repeats):
-        tile(max_rows, a, a_stride, panel, steps, sums, 0)
+        tile(max_rows, a, a_stride, panel, steps, sums.ctypes.data, sums.nbytes // 2, 0, panel, 0)
     release()
 
 
 def _peak(rows, a_stride, panels, steps, sums, repeats):  # type: ignore[no-untyped-def]
     for w in prange(sums.shape[0]):
-        repeat(rows[w].ctypes.data, a_stride, panels[w].ctypes.data, steps, sums[w].ctypes.data, repeats)
+        repeat(rows[w].ctypes.data, a_stride, panels[w].ctypes.data, steps, sums[w], repeats)
