@@ -34,7 +34,8 @@ def ndim(name: str, array: Any, letters: str, expected: int) -> None:
     """Raise ValueError unless `array` has `expected` axes, spelt by `letters`."""
     given(name, array)
     if array.ndim != expected:
-        raise ValueError(f"{name} must have {expected} axes {letters}, got shape {tuple(array.shape)}")
+        axes = "axis" if expected == 1 else "axes"
+        raise ValueError(f"{name} must have {expected} {axes} {letters}, got shape {tuple(array.shape)}")
 
 
 def dtype(name: str, array: Any, allowed: Collection[str]) -> None:

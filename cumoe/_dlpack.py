@@ -102,7 +102,10 @@ def from_dlpack(x: Any, name: str = "array") -> Any:
     No copy. Small floats get their ml_dtypes dtype, packed fp4 pairs come in as uint8. The result is
     read-only where the producer says so, and it keeps the producer's memory alive.
     """
-    kind, index = x.__dlpack_device__()
+    try:
+        kind, index = x.__dlpack_device__()
+    except (BufferError, ValueError) as error:  # torch's meta device, for one
+        raise TypeError(f"{name} must be in host or CUDA memory, got {type(x).__name__}: {error}") from error
     if kind not in (_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED):
         raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(kind)}; copy it first")
     on_host = kind in (_CPU, _CUDA_HOST)
@@ -188,12 +191,14 @@ def _at(
 def _export(x: Any, name: str, wishes: dict[str, Any]) -> Any:
     if getattr(x, "requires_grad", False):
         raise TypeError(f"{name} must not require gradients, got requires_grad=True; pass {name}.detach()")
+    if getattr(x, "is_neg", bool)():  # torch exports the memory of a lazy negation without its sign
+        raise TypeError(f"{name} must not be a negated view, got is_neg() = True; pass {name}.resolve_neg()")
     try:
         try:
             return x.__dlpack__(max_version=(1, 0), **wishes)
         except TypeError:  # a producer older than DLPack 1.0
             return x.__dlpack__(**wishes)
-    except BufferError as error:
+    except (BufferError, RuntimeError) as error:
         raise TypeError(f"{name} must be an array that can be shared, got {type(x).__name__}: {error}") from error
 
 

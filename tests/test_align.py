@@ -164,7 +164,7 @@ WRONG = [
     ),
     (lambda: cumoe.moe_align_block_size(IDS[0], 4, 5), ValueError, "topk_ids must have 2 axes (T, k), got shape (3,)"),
     (lambda: cumoe.moe_align_block_size(IDS, 0, 5), ValueError, "block_size must be in 1..2147483647, got 0"),
-    (lambda: cumoe.moe_align_block_size(IDS, 4, 0), ValueError, "num_experts must be >= 1, got 0"),
+    (lambda: cumoe.moe_align_block_size(IDS, 4, 0), ValueError, "num_experts must be in 1..2147483647, got 0"),
     (lambda: cumoe.moe_align_block_size(IDS, 4.0, 5), TypeError, "block_size must be an int, got float"),
     (
         lambda: cumoe.moe_align_block_size(IDS, 4, 5, expert_map=np.zeros(4, np.int32)),
@@ -194,7 +194,7 @@ WRONG = [
     (
         lambda: cumoe.batched_moe_align_block_size(4, 4, IDS),
         ValueError,
-        "expert_num_tokens must have 1 axes (E_l,), got shape (2, 3)",
+        "expert_num_tokens must have 1 axis (E_l,), got shape (2, 3)",
     ),
     (
         lambda: cumoe.batched_moe_align_block_size(4, 4, np.zeros(5, np.uint8)),
@@ -211,11 +211,11 @@ WRONG = [
         ValueError,
         "T*k * block_size must be in 0..2147483647, got 6442450944",
     ),
-    (lambda: cumoe.count_expert_num_tokens(IDS, 0), ValueError, "num_local_experts must be >= 1, got 0"),
+    (lambda: cumoe.count_expert_num_tokens(IDS, 0), ValueError, "num_local_experts must be in 1..2147483647, got 0"),
     (
         lambda: cumoe.count_expert_num_tokens(IDS, 3, IDS),
         ValueError,
-        "expert_map must have 1 axes (E,), got shape (2, 3)",
+        "expert_map must have 1 axis (E,), got shape (2, 3)",
     ),
     (lambda: cumoe.use_naive_block_assignment(-1, 2, 8), ValueError, "num_tokens must be >= 0, got -1"),
 ]

@@ -284,7 +284,7 @@ WRONG = [
     (
         lambda: cumoe.moe_batch(X, IDS, 2, 6, expert_map=IDS),
         ValueError,
-        "expert_map must have 1 axes (E,), got shape (2, 3)",
+        "expert_map must have 1 axis (E,), got shape (2, 3)",
     ),
     (
         lambda: cumoe.moe_batch(X, IDS, 2, 5, check=True),
@@ -321,7 +321,7 @@ WRONG = [
     (
         lambda: cumoe.grouped_mm_offsets(X),
         ValueError,
-        "expert_first_token_offset must have 1 axes (E + 1,), got shape (2, 4)",
+        "expert_first_token_offset must have 1 axis (E + 1,), got shape (2, 4)",
     ),
     (
         lambda: cumoe.ragged_dot_group_sizes(X[0]),
@@ -333,7 +333,7 @@ WRONG = [
         ValueError,
         "expert_first_token_offset must have shape (E + 1,), got (0,)",
     ),
-    (lambda: cumoe.first_token_offset(X), ValueError, "group_sizes must have 1 axes (E,), got shape (2, 4)"),
+    (lambda: cumoe.first_token_offset(X), ValueError, "group_sizes must have 1 axis (E,), got shape (2, 4)"),
     (lambda: cumoe.aligned_end_offsets(MAP, 0), ValueError, "alignment must be in 1..2147483647, got 0"),
     (lambda: cumoe.tma_aligned_scale(X[0]), ValueError, "scale must have 2 or 3 axes (M, K / group), got shape (4,)"),
     (lambda: cumoe.tma_aligned_scale(X.astype(np.float64)), TypeError, "scale must be float32, got float64"),

@@ -187,7 +187,7 @@ WRONG = [
     ),
     (lambda: cumoe.moe_permute(X, None, X, 4), TypeError, "topk_ids must be int32, int64 or uint32, got float32"),
     (lambda: cumoe.moe_permute(X.astype(object), None, IDS, 4), TypeError, "hidden_states must be numbers, got object"),
-    (lambda: cumoe.moe_permute(X, None, IDS, 0), ValueError, "num_experts must be >= 1, got 0"),
+    (lambda: cumoe.moe_permute(X, None, IDS, 0), ValueError, "num_experts must be in 1..2147483647, got 0"),
     (lambda: cumoe.moe_permute(X, None, IDS, 4, 5), ValueError, "num_local_experts must be in 1..4, got 5"),
     (
         lambda: cumoe.moe_permute(X, None, IDS, 4, 2),
@@ -224,7 +224,11 @@ WRONG = [
         ValueError,
         "alignment must be in 1..2147483647, got 0",
     ),
-    (lambda: cumoe.moe_permute_aligned(X, None, IDS, 0), ValueError, "num_local_experts must be >= 1, got 0"),
+    (
+        lambda: cumoe.moe_permute_aligned(X, None, IDS, 0),
+        ValueError,
+        "num_local_experts must be in 1..2147483647, got 0",
+    ),
     (
         lambda: cumoe.moe_permute_aligned(X, None, IDS, 4, alignment=2**31 - 1),
         ValueError,

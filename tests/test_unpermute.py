@@ -262,7 +262,7 @@ WRONG = [
     (
         lambda: cumoe.moe_unpermute(Y, W, INV, INV),
         ValueError,
-        "expert_first_token_offset must have 1 axes (E_l + 1,), got shape (2, 3)",
+        "expert_first_token_offset must have 1 axis (E_l + 1,), got shape (2, 3)",
     ),
     (lambda: cumoe.moe_unpermute(Y, W, INV, INV[0]), TypeError, "expert_first_token_offset must be int64, got int32"),
     (
