@@ -10,15 +10,22 @@ from cumoe.reference.experts import Bounded
 from cumoe.reference.rounding import gamma, rounded
 
 
-@functools.lru_cache(maxsize=3)
+@functools.cache
+def normal_numbers():
+    """More of them than one matrix has."""
+    return np.random.default_rng(0).standard_normal(3 << 23, np.float32)
+
+
+@functools.lru_cache(maxsize=2)
 def pool(dtype, scale):
     """Normal numbers times `scale`, rounded once to `dtype`."""
-    numbers = np.random.default_rng(0).standard_normal(3 << 23, np.float32)
-    return (numbers * np.float32(scale)).astype(dtype)
+    return (normal_numbers() * np.float32(scale)).astype(dtype)
 
 
 def draw(shape, scale, seed, dtype="bfloat16"):
     """``randn(shape) * scale``; the first axis of three picks windows of the pool."""
+    if np.prod(shape) < 1 << 22:
+        return (np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
     numbers = pool(dtype, scale)
     count, length = (shape[0], int(np.prod(shape[1:]))) if len(shape) == 3 else (1, int(np.prod(shape)))
     if length > len(numbers):
