@@ -98,9 +98,7 @@ def _emit(
     step.add_incoming(constant(0), before)
     panel_step = builder.add(panel, builder.mul(step, constant(2 * _PANEL_BLOCK)))
     row_step = builder.add(a, builder.mul(step, constant(_GROUP_STEP)))
-    with cgutils.for_range(builder, lines) as line:
-        number = builder.add(builder.mul(step, lines), line.index)
-        _ir.prefetch(builder, builder.add(ahead, builder.mul(number, constant(64))))
+    _ir.prefetch_step(builder, ahead, step, lines)
     for h in (0, 1):
         _load(builder, _WEIGHTS[h], builder.add(panel_step, constant(_PANEL_BLOCK * h)), constant(64))
     for g in groups:

@@ -62,10 +62,13 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, operands: Sequence[i
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at `address`, for the L2 cache; an address without memory does no harm."""
+def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, lines: ir.Value) -> None:
+    """Ask for the cache lines of this step, for the L2 cache; an address without memory does no harm."""
     flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # read, locality 2, data
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
+    first = builder.add(ahead, builder.mul(builder.mul(step, lines), constant(64)))
+    with cgutils.for_range(builder, lines) as line:
+        address = builder.add(first, builder.mul(line.index, constant(64)))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
 
 
 def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _amx, _threads, microkernel, pack
+from cumoe.cpu import _amx, _intrinsics, _threads, microkernel, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.epilogue import epilogue
 
@@ -131,7 +131,7 @@ def _loop(kernel, dtype, activation):
         max_rows=kernel.max_rows,
         row_group=kernel.row_group,
         k_step=kernel.k_step,
-        prefetch_lines=kernel.prefetch_lines,
+        ahead_bytes=kernel.ahead_bytes,
     )(_multiply_panel)
     worker = jit(
         multiply=multiply,
@@ -178,7 +178,7 @@ def _nothing():
 
 # ---- templates; jit(...) gives the names below their values ----
 
-max_rows = row_group = k_step = prefetch_lines = 0
+max_rows = row_group = k_step = ahead_bytes = 0
 tile = multiply = pack_rows = pack_panel = finish = release = worker = None
 
 
@@ -197,7 +197,7 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
     step_bytes = panel_bytes // steps
     group_bytes = row_group * k_padded * row_block.itemsize
     blocks = (rows + max_rows - 1) // max_rows
-    lines = prefetch_lines if prefetch_lines else (step_bytes // 64 + blocks - 1) // blocks
+    lines = (step_bytes // 64 + blocks - 1) // blocks
     for step in range(0, steps, steps_per_pass):
         count = min(steps_per_pass, steps - step)
         piece = panel + step * step_bytes
@@ -209,8 +209,8 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
                 block_rows = min(max_rows, rows - first_row)
             ahead, asked = piece, 0  # the piece is in the cache: asking for it costs nothing
             if more and block * lines * 64 < step_bytes:
-                # one block reads the piece as it comes: a step ahead is enough, and as fast as memory gives
-                ahead += step_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
+                # one block of rows reads this piece as it comes from memory; several leave time to fetch the next
+                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
                 asked = lines
             tile(
                 block_rows,
@@ -233,7 +233,7 @@ def _work(problem, tasks, counter, row_block, panel_block, sums, codes):
     outputs = p.out.shape[1]
     panel_bytes = p.k_padded * 2 * sums.shape[2] * p.weights.itemsize
     while True:
-        task = microkernel.next_task(counter)
+        task = _intrinsics.next_task(counter)
         if task >= tasks.shape[0]:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]

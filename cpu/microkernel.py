@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 import numba
 from llvmlite import binding, ir
-from numba import types
 from numba.extending import intrinsic
 
 from cumoe.cpu import _amx, _ir
-from cumoe.cpu._ir import constant, pointer
+from cumoe.cpu._ir import constant
 
 
 class Kernel(NamedTuple):
@@ -43,7 +42,7 @@ class Kernel(NamedTuple):
     block_columns: int
     lanes: int  # 32-bit lanes of a vector
     row_dtype: str  # "float32" or "bfloat16": how the rows of activations arrive
-    prefetch_lines: int  # of the weights to come, for each step; 0: as many as the caller says
+    ahead_bytes: int  # how far to ask for weights that come straight from memory
     tile: Any  # see _ir.TILE_ARGUMENTS
 
     @property
@@ -57,7 +56,8 @@ class Kernel(NamedTuple):
         return self.columns * self.k_step * 4 // self.pair
 
 
-_PREFETCH = 2  # cache lines per step of the vector kernels: two row blocks ask for a panel of 4 vectors
+# Distance at which a single block of rows reads memory fastest here (benchmarks/NOTES.md); within a page.
+_AHEAD_BYTES = 3072
 
 # Feature sets that NUMBA_CPU_NAME stands for when it overrides the host's; others run the portable kernel.
 _NAMED_CPUS = {"haswell": {"avx2", "fma", "f16c"}}
@@ -117,7 +117,7 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
     if name == "amx":
         return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", 0, _amx.tile)
     if name == "avx512bf16":
-        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _PREFETCH, _vector_tile("dot", 6, 4, 16, True))
+        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _AHEAD_BYTES, _vector_tile("dot", 6, 4, 16, True))
     narrow = dtype != "float32"
     lanes, vectors, rows, fused = {
         "avx512": (16, 4, 5 if narrow else 6, True),  # 24 sums + 4 weights + 1 broadcast of 32 registers
@@ -126,7 +126,7 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
     }[name]
     pair = 2 if narrow else 1
     tile = _vector_tile(dtype, rows, vectors, lanes, fused)
-    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", _PREFETCH, tile)
+    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", _AHEAD_BYTES, tile)
 
 
 def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool) -> Any:
@@ -139,7 +139,7 @@ def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool
     @intrinsic
     def tile(typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines):
         def codegen(context, builder, signature, arguments):
-            rows, *operands, _ = arguments
+            rows, *operands = arguments
             done = builder.append_basic_block("done")
             switch = builder.switch(rows, done)
             for count in range(1, max_rows + 1):
@@ -172,6 +172,7 @@ def _emit_rows(
     half: ir.Value,
     accumulate: ir.Value,
     ahead: ir.Value,
+    lines: ir.Value,
 ) -> None:
     """``sums[r, c] = (sums[r, c] if accumulate) + sum over steps of a[r, s] * panel[s, c]`` for `rows` rows."""
     floats = ir.VectorType(ir.FloatType(), lanes)
@@ -206,10 +207,7 @@ def _emit_rows(
     new = [list(row) for row in acc]
     panel_row = builder.add(panel, builder.mul(step, panel_step))
     row_offset = builder.mul(step, constant(4 * row_words))
-    for line in range(_PREFETCH):
-        _ir.prefetch(
-            builder, builder.add(ahead, builder.add(builder.mul(step, constant(64 * _PREFETCH)), constant(64 * line)))
-        )
+    _ir.prefetch_step(builder, ahead, step, lines)
     for part in range(row_words):
         loaded = [_ir.load(builder, builder.add(panel_row, constant(v * vector_bytes)), words) for v in range(vectors)]
         weights = [_widen(builder, kind, part, word, floats) for word in loaded]
@@ -219,10 +217,11 @@ def _emit_rows(
             for v in range(vectors):
                 new[r][v] = _multiply_add(builder, kind, fused, row, weights[v], new[r][v], floats)
     following = builder.add(step, constant(1))
-    step.add_incoming(following, loop)
+    latch = builder.block
+    step.add_incoming(following, latch)
     for r in range(rows):
         for v in range(vectors):
-            acc[r][v].add_incoming(new[r][v], loop)
+            acc[r][v].add_incoming(new[r][v], latch)
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
 
     builder.position_at_end(after)
@@ -267,36 +266,3 @@ def _multiply_add(
     if fused:
         return _ir.call(builder, f"llvm.fma.v{floats.count}f32", floats, [row, weights, acc])
     return builder.fadd(builder.fmul(row, weights), acc)
-
-
-@intrinsic
-def next_task(typing_context, counter):
-    """Take the number at address `counter` and add one to it, as one indivisible step."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", pointer(builder, arguments[0]), constant(1), "monotonic")
-
-    return types.int64(types.int64), codegen
-
-
-@functools.cache
-def transpose(lanes: int) -> Any:
-    """Emit (source, source_stride, target, target_stride): a square of lanes x lanes words, rows to columns."""
-
-    @intrinsic
-    def transpose_words(typing_context, source, source_stride, target, target_stride):
-        def codegen(context, builder, signature, arguments):
-            source, source_stride, target, target_stride = arguments
-            words = ir.VectorType(ir.IntType(32), lanes)
-            rows = [
-                _ir.load(builder, builder.add(source, builder.mul(source_stride, constant(r))), words)
-                for r in range(lanes)
-            ]
-            for row, values in enumerate(_ir.transposed(builder, rows)):
-                _ir.store(builder, values, builder.add(target, builder.mul(target_stride, constant(row))))
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4), codegen
-
-    transpose_words.__qualname__ = f"transpose-{lanes}"
-    return transpose_words

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import microkernel
+from cumoe.cpu import _intrinsics, microkernel
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
@@ -57,7 +57,7 @@ def pack_panel(kernel):
         block_columns=kernel.block_columns,
         lanes=kernel.lanes,
         pair=kernel.pair,
-        transpose=microkernel.transpose(kernel.lanes),
+        transpose=_intrinsics.transpose(kernel.lanes),
     )(_pack_panel)
 
 
