@@ -20,7 +20,7 @@ from cumoe.cpu.epilogue import epilogue
 
 _MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
 _MAX_ROWS_BYTES = 4 << 20  # of the gathered block of a task
-_PANEL_BYTES = 256 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
+_PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
 _TASKS_PER_THREAD = 16  # evens out what the threads do
 
 
@@ -132,6 +132,7 @@ def _loop(kernel, dtype, activation):
         row_group=kernel.row_group,
         k_step=kernel.k_step,
         ahead_bytes=kernel.ahead_bytes,
+        fetches_next=kernel.fetches_next,
     )(_multiply_panel)
     worker = jit(
         multiply=multiply,
@@ -179,6 +180,7 @@ def _nothing():
 # ---- templates; jit(...) gives the names below their values ----
 
 max_rows = row_group = k_step = ahead_bytes = 0
+fetches_next = False
 tile = multiply = pack_rows = pack_panel = finish = release = worker = None
 
 
@@ -208,7 +210,7 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
             else:
                 block_rows = min(max_rows, rows - first_row)
             ahead, asked = piece, 0  # the piece is in the cache: asking for it costs nothing
-            if more and block * lines * 64 < step_bytes:
+            if more and (blocks == 1 or (fetches_next and block * lines * 64 < step_bytes)):
                 # one block of rows reads this piece as it comes from memory; several leave time to fetch the next
                 ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
                 asked = lines

@@ -43,6 +43,7 @@ class Kernel(NamedTuple):
     lanes: int  # 32-bit lanes of a vector
     row_dtype: str  # "float32" or "bfloat16": how the rows of activations arrive
     ahead_bytes: int  # how far to ask for weights that come straight from memory
+    fetches_next: bool  # several row blocks ask for the next weights meanwhile; tile loads lose by it
     tile: Any  # see _ir.TILE_ARGUMENTS
 
     @property
@@ -115,9 +116,11 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
             f"no micro-kernel {name!r} for {dtype} on this CPU; available: {', '.join(available)}"
         )
     if name == "amx":
-        return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", 0, _amx.tile)
+        return Kernel(name, 32, 32, 16, 32, 2, 16, 16, 16, "bfloat16", 0, False, _amx.tile)
     if name == "avx512bf16":
-        return Kernel(name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _AHEAD_BYTES, _vector_tile("dot", 6, 4, 16, True))
+        return Kernel(
+            name, 64, 6, 1, 2, 2, 1, 64, 16, "bfloat16", _AHEAD_BYTES, True, _vector_tile("dot", 6, 4, 16, True)
+        )
     narrow = dtype != "float32"
     lanes, vectors, rows, fused = {
         "avx512": (16, 4, 5 if narrow else 6, True),  # 24 sums + 4 weights + 1 broadcast of 32 registers
@@ -126,7 +129,9 @@ def choose(dtype: str, name: str | None = None) -> Kernel:
     }[name]
     pair = 2 if narrow else 1
     tile = _vector_tile(dtype, rows, vectors, lanes, fused)
-    return Kernel(name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", _AHEAD_BYTES, tile)
+    return Kernel(
+        name, lanes * vectors, rows, 1, pair, pair, 1, lanes * vectors, lanes, "float32", _AHEAD_BYTES, True, tile
+    )
 
 
 def _vector_tile(kind: str, max_rows: int, vectors: int, lanes: int, fused: bool) -> Any:
