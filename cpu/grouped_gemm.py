@@ -200,6 +200,8 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
     group_bytes = row_group * k_padded * row_block.itemsize
     blocks = (rows + max_rows - 1) // max_rows
     lines = (step_bytes // 64 + blocks - 1) // blocks
+    if blocks == 1:  # no block comes back to the piece: read it in one go
+        steps_per_pass = steps
     for step in range(0, steps, steps_per_pass):
         count = min(steps_per_pass, steps - step)
         piece = panel + step * step_bytes
