@@ -128,8 +128,3 @@ def read_only_as_plain(array: Array) -> Array:
     if not isinstance(array, np.ndarray) or array.flags.writeable:
         return array
     return _dlpack.writeable_alias(array)
-
-
-def float32_scalar(value: float) -> Any:
-    """A number as the kernels take it."""
-    return np.float32(value)
