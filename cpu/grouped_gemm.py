@@ -43,7 +43,7 @@ def grouped_gemm(
     out,
 ):
     """
-    ``out[r] = activation((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
+    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
 
     Row r belongs to expert e where ``offset[e] <= r < offset[e + 1]`` and reads
     ``x[permuted_idx[r] // top_k]``, or ``x[r]`` if `top_k` is 0. The scales (T*k,) are indexed by pair,

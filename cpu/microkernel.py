@@ -78,7 +78,7 @@ def cpu_features() -> frozenset[str]:
 
 
 # Micro-kernels, fastest first, and the instruction sets that each needs.
-_NEEDS = {
+NEEDS = {
     "amx": {"amx-tile", "amx-bf16", "avx512f"},
     "avx512bf16": {"avx512f", "avx512bf16"},
     "avx512": {"avx512f"},
@@ -91,14 +91,14 @@ _BFLOAT16_ONLY = ("amx", "avx512bf16")
 @functools.cache
 def names(dtype: str) -> tuple[str, ...]:
     """The micro-kernels that run here for weights of `dtype`, fastest first."""
-    return tuple(name for name in _NEEDS if refusal(name, dtype) is None)
+    return tuple(name for name in NEEDS if refusal(name, dtype) is None)
 
 
 def refusal(name: str, dtype: str) -> str | None:
     """Why the micro-kernel `name` does not run here for weights of `dtype`; None if it does."""
     if name in _BFLOAT16_ONLY and dtype != "bfloat16":
         return f"{name}: multiplies bfloat16 only, the weights are {dtype}"
-    missing = _NEEDS[name] - cpu_features()
+    missing = NEEDS[name] - cpu_features()
     if missing:
         return f"{name}: the CPU, or what Numba was told of it, lacks {', '.join(sorted(missing))}"
     if name == "amx" and not _amx.permitted():

@@ -22,7 +22,7 @@ def best_kernel(dtype):
 
 def refused_kernels(dtype):
     """Why each faster micro-kernel is not used."""
-    reasons = (microkernel.refusal(name, dtype) for name in ("amx", "avx512bf16", "avx512", "avx2"))
+    reasons = (microkernel.refusal(name, dtype) for name in microkernel.NEEDS)
     return tuple(reason for reason in reasons if reason)
 
 

@@ -40,11 +40,6 @@ class Experts(NamedTuple):
         """Gate and up rows alternate."""
         return is_interleaved(self.activation)
 
-    @property
-    def is_packed(self) -> bool:
-        """Weights are panels."""
-        return int(self.w1.ndim) == 5
-
 
 def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arrays: Array) -> tuple[Any, ...]:
     """
@@ -72,7 +67,7 @@ def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arr
         activation,
         alpha,
         beta,
-        np.inf if limit is None else limit,
+        limit,
         _arrays.room(side.xp, "pack").best_kernel(w1.dtype.name),
     )
     return (side, experts, *others)

@@ -63,7 +63,8 @@ def fused_experts(
         Look at values too: ids in range and distinct in a row, weights and tokens finite, `expert_map`
         below E.
     workspace_limit : int, optional
-        Most bytes of scratch; tokens are done in pieces that fit, with the same bits.
+        Most bytes of the scratch that grows with the tokens, which are done in pieces that fit, with the
+        same bits. Each CPU thread holds a few MiB besides: a block of rows and, for plain weights, a panel.
 
     Returns
     -------

@@ -53,7 +53,7 @@ class Plan:
     bytes : int
         Least memory traffic: weights of the experts expected to be touched, tokens in, results out.
     workspace_bytes : int
-        Scratch that the call allocates.
+        Scratch for the tokens, as `workspace_limit` counts it; a few MiB a CPU thread come on top.
     """
 
     num_tokens: int

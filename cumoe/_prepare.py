@@ -21,7 +21,7 @@ class PreparedExperts:
     num_experts, hidden_size, intermediate_size : int
         E, H and I.
     activation : str
-        Activation that the rows of `w1` are ordered for; another one of the same kind works too.
+        Activation that the layer applies.
     kernel : str
         Micro-kernel that the layout belongs to.
     dtype : str
@@ -47,7 +47,7 @@ class PreparedExperts:
 
     @property
     def activation(self) -> str:
-        """Activation that the rows of `w1` are ordered for."""
+        """Activation that the layer applies."""
         return self.experts.activation
 
     @property
