@@ -1,8 +1,10 @@
 // overlap.cuh: kernels of one stream that overlap (programmatic dependent launch, sm_90 and later).
 //
-// A kernel launched with `overlap` may start before its predecessor ends. Rules: every thread that reads what an
-// earlier kernel wrote, or writes anything, calls wait_for_previous() first (it returns when all earlier kernels
-// have ended and their writes are visible); let_next_start() is a hint and orders nothing.
+// A kernel launched with `overlap` may start before its predecessor ends. The rules:
+//   - every block calls wait_for_previous() before it ends, and every thread before it reads what the predecessor
+//     wrote and before it writes anything;
+//   - a thread calls let_next_start() only after its own wait_for_previous().
+// So when kernel n + 1 starts, kernel n - 1 has ended and its writes can be read without waiting.
 
 __device__ __forceinline__ void wait_for_previous()
 {
