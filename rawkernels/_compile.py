@@ -10,13 +10,25 @@ import functools
 import io
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from cumoe.rawkernels import _cache
 
 _HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.cuh)"$', re.MULTILINE)
 
+# what every kernel is compiled with beside its constants; part of the cache key, as all that decides about the code
+_SETTINGS = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"]}
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel file."""
+
+    code: bytes  # the cubin
+    log: str  # of the assembler: registers, stack and spills of each entry point
+    how: str  # READ, BUILT or REBUILT of `_cache`
 
 
 @functools.cache
@@ -39,31 +51,52 @@ def _paste(file, seen):
     return "\n".join(lines)
 
 
-def cubin(file, arch, constants, where=None):
+def cubin(file, arch, constants, root=None):
     """Machine code of a kernel file for `arch` ("sm_90a"), from the disk or compiled; `constants` become macros."""
+    return compiled(file, arch, constants, root).code
+
+
+def compiled(file, arch, constants, root=None):
+    """Machine code and assembler log of a kernel file; `root` stands for CuPy's cache folder."""
     text = source(file)
     options = tuple(f"{name}={value}" for name, value in sorted(constants.items()))
-    parts = (text, arch, *options, nvrtc_version())
+    parts = (text, arch, repr(_SETTINGS), *options)
+
+    def build():
+        code, log = compile_text(file, text, arch, options)
+        return log.replace("\0", "").encode() + b"\0" + code
+
     name = f"{file.partition('.')[0]}-{arch}"
-    return _cache.get_or_build(name, parts, lambda: compile_text(file, text, arch, options)[0], where)
+    content, how = _cache.fetch(name, parts, nvrtc_version(), build, root)
+    log, _, code = content.partition(b"\0")
+    return Compiled(code, log.decode(), how)
 
 
 def compile_text(file, text, arch, options):
     """Compile and return (cubin, log of the assembler); the log tells registers and spills."""
-    from cuda.core import Program, ProgramOptions
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise ImportError(f"compiling {file} needs cuda-core and NVRTC: pip install 'cumoe[compile]'") from error
 
     log = io.StringIO()
-    settings = ProgramOptions(
-        name=file, arch=arch, std="c++17", define_macro=list(options), lineinfo=True, ptxas_options=["-v"]
-    )
+    settings = ProgramOptions(name=file, arch=arch, define_macro=list(options) or None, **_SETTINGS)
     code = Program(text, "c++", settings).compile("cubin", logs=log)
     return bytes(code.code), log.getvalue()
 
 
 @functools.cache
 def nvrtc_version():
-    """Version of the compiler, as text."""
-    from cuda.bindings import nvrtc
+    """Version of the compiler, "nvrtc-13.0.88"; None where there is no compiler."""
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.pathfinder import load_nvidia_dynamic_lib
 
-    _, major, minor = nvrtc.nvrtcVersion()
-    return f"NVRTC {major}.{minor}"
+        library = Path(load_nvidia_dynamic_lib("nvrtc").abs_path or "").resolve()
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError):  # pathfinder's own errors are RuntimeErrors
+        return None
+    # NVRTC does not tell its third number: a toolkit's file ends in it, beside a wheel's stands the wheel's record
+    records = (path.name for site in library.parents[3:4] for path in site.glob("nvidia_cuda_nvrtc*.dist-info"))
+    found = (re.search(rf"\b{major}\.{minor}\.[\d.]*\d", name) for name in (library.name, *records))
+    return f"nvrtc-{next((match[0] for match in found if match), f'{major}.{minor}')}"

@@ -26,20 +26,26 @@ def kernel(file, name, **constants):
     return _kernel(file, name, tuple(sorted(constants.items())), cp.cuda.runtime.getDevice())
 
 
-def architecture(device=None):
-    """What to compile for: "sm_90a" and the like; the "a" brings the instructions of that generation only."""
+def capability(device=None):
+    """Compute capability of a device (default: the current one) as a number: 90 for Hopper."""
     import cupy as cp
 
-    capability = int(cp.cuda.Device(device).compute_capability)
-    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    return _capability(cp.cuda.runtime.getDevice() if device is None else device)
 
 
 @functools.cache
-def capability(device=None):
-    """Compute capability of a device as a number: 90 for Hopper."""
+def _capability(device):
     import cupy as cp
 
-    return int(cp.cuda.Device(cp.cuda.runtime.getDevice() if device is None else device).compute_capability)
+    return int(cp.cuda.Device(device).compute_capability)
+
+
+def architecture(device=None):
+    """What to compile for: "sm_90a" and the like; the "a" brings the instructions of that generation only."""
+    number = capability(device)
+    if number < 80:
+        raise NotImplementedError(f"the kernels need compute capability 8.0, the device has {number / 10}")
+    return f"sm_{number}a" if number >= 90 else f"sm_{number}"
 
 
 @functools.cache
@@ -96,9 +102,9 @@ class Kernel:
         from cuda.bindings import driver
 
         if shared > self._shared:
-            if shared > 48 << 10:
-                which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked(driver.cuFuncSetAttribute(self._function, which, shared))
+            # always, not beyond 48 KiB only: that limit counts the kernel's static shared memory too
+            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, which, shared), self.name)
             self._shared = shared
         grid = grid if isinstance(grid, tuple) else (grid,)
         config = _config(grid, block, shared, overlap and self._overlap, cp.cuda.get_current_stream().ptr)
