@@ -1,4 +1,4 @@
-"""The command line: ``cumoe demo``, ``run``, ``info`` and ``bench``."""
+"""The command line: ``cumoe demo``, ``run``, ``info``, ``compile`` and ``bench``."""
 
 import argparse
 import os
@@ -54,6 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, threads, instruction sets, kernels, devices")
     info.set_defaults(command=_run_info)
 
+    build = commands.add_parser("compile", help="build the GPU kernels ahead of their first use; needs no GPU")
+    build.add_argument(
+        "--arch", nargs="+", type=_architecture, metavar="SM", help="sm_90a, sm_80 ...; default: that of the GPU here"
+    )
+    build.add_argument(
+        "--dtypes", nargs="+", choices=shapes.DTYPES, default=shapes.DTYPES, metavar="DTYPE", help="default: all"
+    )
+    build.add_argument(
+        "--output", type=Path, metavar="DIR", help="a folder to carry, for CUPY_CACHE_DIR; default: CuPy's cache"
+    )
+    build.add_argument("--jobs", type=_positive, metavar="N", help="processes; default: one a CPU")
+    build.set_defaults(command=_run_compile)
+
     bench = commands.add_parser("bench", help="measure, print ratios, write a CSV")
     bench.add_argument("--suite", choices=("cpu",), default="cpu", help="default: %(default)s")
     bench.add_argument(
@@ -103,6 +116,15 @@ def _positive(text: str) -> int:
     return number
 
 
+def _architecture(text: str) -> str:
+    from cumoe import _compile_command
+
+    try:
+        return _compile_command.architecture(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -129,6 +151,13 @@ def _run_info(options: argparse.Namespace) -> int:
             table.add_row(name, escape(value))
         console.print(table)
     return 0
+
+
+def _run_compile(options: argparse.Namespace) -> int:
+    from cumoe import _compile_command
+
+    architectures = options.arch or _compile_command.present_architectures()
+    return _compile_command.run(_console(), architectures, options.dtypes, options.output, options.jobs)
 
 
 def _run_bench(options: argparse.Namespace) -> int:
