@@ -1,0 +1,159 @@
+// grouped_gemm_wgmma.cu: each expert's rows of activations times its weights, on Hopper's tensor cores (sm_90a).
+//
+//   out[r] = activation(((x[source(r)] @ weights[expert of r].T) + bias) * output_scale)
+//
+// Shapes     x (rows, K) X, weights (E, N, K) X through a tensor map, out (R, OUTPUTS) X; N = 2 * OUTPUTS if GATED
+// Work       unit = (tile of `schedule`, block of weight rows); a CTA takes units blockIdx.x, + gridDim.x, ...
+//            warps 0-3 load: weights by the bulk tensor copy engine, rows likewise or (GATHERED) 16 bytes a thread;
+//            each further warpgroup multiplies; a ring of `stages` buffers, 64 of K each, lies between them
+// Operands   wgmma multiplies M (64 rows a step) by N (COLUMNS). SWAPPED: M is weights, N is tokens, and a tile with
+//            few tokens runs with a smaller N; else M is tokens. Either way the tensor map has put 8 gate rows
+//            before the 8 up rows of the same outputs, so that one thread holds both.
+// PINGPONG   two warpgroups, a unit each: one multiplies while the other stores
+// Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
+// Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
+
+#include "numbers.cuh"
+#include "overlap.cuh"
+#include "activation.cuh"
+#include "hopper.cuh"
+#include "wgmma.cuh"
+
+#ifndef X // defaults, so that an editor can read this file alone
+#define X bfloat16
+#define ACTIVATED 1
+#define ACTIVATION silu
+#define GATED 1
+#define BIASED 0
+#define SWAPPED 1
+#define GATHERED 1
+#define PINGPONG 0
+#define M_BLOCKS 1
+#define COLUMNS 64
+#define GROUPS 2
+#define MIN_CTAS 1
+#define PRODUCER_REGISTERS 56
+#define CONSUMER_REGISTERS 224
+#endif
+
+constexpr int BLOCK_K = 64; // 128 bytes, the width of the swizzle
+constexpr int M_ROWS = 64 * M_BLOCKS * (PINGPONG ? 1 : GROUPS);
+constexpr int TOKENS = SWAPPED ? COLUMNS : M_ROWS;
+constexpr int WEIGHTS = SWAPPED ? M_ROWS : COLUMNS;
+constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
+constexpr int M_BYTES = M_ROWS * 128, N_BYTES = COLUMNS * 128, STAGE = M_BYTES + N_BYTES;
+constexpr int TOKENS_AT = SWAPPED ? M_BYTES : 0, WEIGHTS_AT = SWAPPED ? 0 : M_BYTES;
+constexpr int ROWS_TOGETHER = 16; // tiles that share each block of weights while it is in L2
+
+constexpr int QUARTER = COLUMNS >= 32 ? COLUMNS / 4 : 8;
+
+// Tokens that a tile with `left` rows multiplies.
+__device__ __forceinline__ int multiplied_tokens(int left)
+{
+    const int step = SWAPPED ? QUARTER : 64;
+    return min(TOKENS, (left + step - 1) / step * step);
+}
+
+// What every role of a kernel reads.
+struct Problem {
+    const int* permuted_idx; // null: row r is pair r
+    X* out;
+    const float* bias;         // (E, N), if BIASED
+    const float* output_scale; // by pair, or null
+    const TensorMap* out_map;
+    int outputs, interleaved;
+    float alpha, beta, limit;
+};
+
+struct Unit {
+    int expert, row, left, block; // `left` rows from `row` on; block of weight rows
+};
+
+// The tile list of permute.py: {count, ...}, then {expert, first row, rows, 0} each.
+struct Tiles {
+    const int4* list;
+    int count, blocks;
+
+    __device__ __forceinline__ int units() const { return count * blocks; }
+    __device__ __forceinline__ Unit at(int unit) const
+    {
+        const int together = ROWS_TOGETHER * blocks, first = unit / together, within = unit - first * together;
+        const int height = min(ROWS_TOGETHER, count - first * ROWS_TOGETHER), block = within / height;
+        const int4 tile = list[1 + first * ROWS_TOGETHER + within - block * height];
+        return {tile.x, tile.y, tile.z, block};
+    }
+};
+
+// The ring of buffers as one thread walks along it.
+struct Ring {
+    uint32 base, barriers;
+    int stages, stage;
+    uint32 parity;
+
+    __device__ __forceinline__ uint32 buffer() const { return base + stage * STAGE; }
+    __device__ __forceinline__ uint32 full() const { return barriers + stage * 8; }
+    __device__ __forceinline__ uint32 empty() const { return barriers + (stages + stage) * 8; }
+    __device__ __forceinline__ void next()
+    {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void skip(int count)
+    {
+        stage += count;
+        parity ^= (stage / stages) & 1;
+        stage %= stages;
+    }
+};
+
+#include "grouped_gemm_wgmma_store.cuh"
+#include "grouped_gemm_wgmma_roles.cuh"
+
+extern "C" __global__
+__launch_bounds__(128 + 128 * GROUPS, MIN_CTAS)
+void grouped_gemm(const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map,
+                  const __grid_constant__ TensorMap out_map, const int4* schedule, const int* permuted_idx,
+                  const uint8* x, const float* bias, const float* output_scale, X* out, int blocks, int K, int outputs,
+                  int interleaved, int top_k, int stages, int ahead, float alpha, float beta, float limit)
+{
+    extern __shared__ uint8 shared[];
+    const uint32 base = (shared_address(shared) + 1023) & ~1023u;
+    const uint32 staging = base + stages * STAGE;
+    const uint32 barriers = staging + GROUPS * STAGING;
+    const uint32 turns = barriers + 2 * stages * 8;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < stages; ++s) {
+            barrier_init(barriers + s * 8, GATHERED ? 1 + 128 : 1);
+            barrier_init(barriers + (stages + s) * 8, (PINGPONG ? 1 : GROUPS) * 4);
+        }
+        barrier_init(turns, 4);
+        barrier_init(turns + 8, 4);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fetch_descriptor(&weights_map);
+        if (!GATHERED) fetch_descriptor(&rows_map);
+    }
+    __syncthreads();
+
+    const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
+    Tiles tiles{schedule, 0, blocks};
+    Ring ring{base, barriers, stages, 0, 0};
+    if (threadIdx.x < 128) {
+#if PRODUCER_REGISTERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+#endif
+        ring.parity = 1;
+        if (GATHERED)
+            gather(tiles, ring, &weights_map, permuted_idx, x, K, k_blocks, top_k);
+        else if (threadIdx.x == 0)
+            fetch(tiles, ring, &weights_map, &rows_map, k_blocks, ahead);
+        return;
+    }
+#if CONSUMER_REGISTERS
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+#endif
+    wait_for_previous();
+    tiles.count = schedule[0].x;
+    const Problem problem{permuted_idx, out,         bias,  output_scale, &out_map,
+                          outputs,      interleaved, alpha, beta,         limit};
+    const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
+    consume(tiles, ring, problem, staging + group * STAGING, turns, k_blocks, group);
+}
