@@ -64,7 +64,7 @@ def compiled(file, arch, constants, root=None):
 
     def build():
         code, log = compile_text(file, text, arch, options)
-        return log.replace("\0", "").encode() + b"\0" + code
+        return log.encode() + b"\0" + code
 
     name = f"{file.partition('.')[0]}-{arch}"
     content, how = _cache.fetch(name, parts, nvrtc_version(), build, root)
@@ -82,7 +82,7 @@ def compile_text(file, text, arch, options):
     log = io.StringIO()
     settings = ProgramOptions(name=file, arch=arch, define_macro=list(options) or None, **_SETTINGS)
     code = Program(text, "c++", settings).compile("cubin", logs=log)
-    return bytes(code.code), log.getvalue()
+    return bytes(code.code), log.getvalue().replace("\0", "")  # NVRTC ends its log with one
 
 
 @functools.cache
