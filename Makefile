@@ -1,9 +1,11 @@
 # The verbs of this tree. `make demo` and `make test` need Python >= 3.11 and make, and nothing else:
 # each makes .venv where it is missing and installs what it needs. PYTHON=/path/to/python chooses the
-# interpreter of a new .venv. ARGS is handed on: make test ARGS="-k align", make demo ARGS="--help".
+# interpreter of a new .venv, CUDA_EXTRA=cuda12 the CuPy of the GPU verbs. ARGS is handed on:
+# make test ARGS="-k align", make demo ARGS="--help".
 
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_EXTRA ?= cuda13
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
@@ -13,11 +15,14 @@ TEST_ENV := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1
 CUDA_SOURCES := $(wildcard rawkernels/*.cu rawkernels/*.cuh)
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
-.PHONY: help demo test lint bench readme notebooks install clean
+.PHONY: help demo test test-gpu sanitize compile lint bench readme notebooks install clean
 
 help:
 	@echo "make demo       run one Mixture-of-Experts layer of a real size, check it, print its table"
 	@echo "make test       run every test"
+	@echo "make test-gpu   run the tests that need a GPU"
+	@echo "make sanitize   run every kernel under compute-sanitizer"
+	@echo "make compile    build the GPU kernels ahead: ARGS=\"--arch sm_90a --output DIR\""
 	@echo "make lint       ruff, clang-format, codespell, mypy"
 	@echo "make bench      measure; writes benchmarks/results"
 	@echo "make readme     fill the README's tables from the measurements"
@@ -30,6 +35,16 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -n auto $(ARGS)
+
+# -k: the bodies that the xp fixture runs on CuPy, and the files that need a GPU throughout
+test-gpu: $(VENV)/.test $(VENV)/.$(CUDA_EXTRA)
+	$(TEST_ENV) $(BIN)/pytest -n 4 -k "cupy or cuda or gpu or test_load" $(ARGS)
+
+sanitize: $(VENV)/.$(CUDA_EXTRA)
+	$(BIN)/python tests/sanitize_kernels.py $(ARGS)
+
+compile: $(VENV)/.compile
+	$(BIN)/cumoe compile $(ARGS)
 
 lint: $(VENV)/.lint build/typing
 	$(BIN)/ruff check .
@@ -56,7 +71,7 @@ clean:
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # One stamp for each set of extras, so that a second run installs nothing and needs no network.
-$(VENV)/.base $(VENV)/.test $(VENV)/.lint $(VENV)/.notebook: $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
+$(addprefix $(VENV)/.,base test lint notebook compile cuda12 cuda13): $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.$(if $(filter base,$*),,[$*])'
 	@touch $@
 
