@@ -54,11 +54,14 @@ def wheel(tree, tmp_path_factory):
 
 def test_the_wheel_holds_every_file_of_the_three_folders(tree, wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
-    expected = {"cumoe/py.typed", "cumoe/rawkernels/probe.cu", "cumoe/rawkernels/probe.cuh"}
+    expected = {"cumoe/py.typed"}
     for folder, installed in FOLDERS.items():
         expected |= {
-            f"{installed}/{path.relative_to(tree / folder).as_posix()}" for path in (tree / folder).rglob("*.py")
+            f"{installed}/{path.relative_to(tree / folder).as_posix()}"
+            for path in (tree / folder).rglob("*")
+            if path.suffix in (".py", ".cu", ".cuh")
         }
+    assert {"cumoe/rawkernels/probe.cu", "cumoe/rawkernels/probe.cuh"} < expected
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (top_level,) = (name for name in archive.namelist() if name.endswith("top_level.txt"))
