@@ -1,0 +1,199 @@
+// grouped_gemm_mma.cu: each expert's rows of activations times its weights, on the tensor cores of any CUDA GPU from
+// sm_80 on (mma.sync, cp.async). X = float32 multiplies in tf32.
+//
+//   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)
+//
+// Shapes     x (rows, K) X, weights (E, N, K) X, out (R, outputs) X; N = 2 * outputs if GATED, else outputs
+// Work       one CTA a tile of `schedule` and block of columns; WARPS_M x WARPS_N warps, each with its part of the
+//            sums. A ring of STAGES stages: copies run STAGES - 1 stages of K ahead of the arithmetic, fragments one
+//            step of 32 bytes ahead. Warps without rows or columns copy only.
+// Numbers    float32 sums, K ascending, whatever the tile: a row's bits do not depend on the other rows.
+//            x * input_scale, h and act(h) are rounded once each
+// Constants  those of grouped_gemm_tile.cuh; STAGES, MIN_CTAS; SCALED: there is an input_scale
+// Launched   by _grouped_gemm_mma.py, which chooses them
+
+#include "numbers.cuh"
+#include "overlap.cuh"
+#include "activation.cuh"
+#include "memory.cuh"
+#include "mma.cuh"
+
+#ifndef X // defaults, so that an editor can read this file alone
+#define X bfloat16
+#define BLOCK_ROWS 128
+#define BLOCK_COLUMNS 128
+#define WARPS_M 2
+#define WARPS_N 2
+#define STAGES 3
+#define MIN_CTAS 2
+#define COPY_X 16
+#define COPY_W 16
+#define GATED 1
+#define SCALED 0
+#define ACTIVATION silu
+#endif
+
+#include "grouped_gemm_tile.cuh"
+
+constexpr int M_STEPS = BLOCK_ROWS / WARPS_M / 16, N_STEPS = BLOCK_COLUMNS / WARPS_N / 8; // products of a warp
+constexpr int K_STEPS = TILE_PITCH / 32;
+
+static_assert(M_STEPS * WARPS_M * 16 == BLOCK_ROWS && N_STEPS * WARPS_N * 8 == BLOCK_COLUMNS && N_STEPS % 2 == 0, "");
+
+struct Fragments {
+    uint32 a[M_STEPS][4], b[N_STEPS][2];
+};
+
+// The part of a tile that a warp multiplies.
+struct Warp {
+    int row, column; // first ones, in the tile
+    uint32 a_at, b_at, a_turn, b_turn;
+    float factor[M_STEPS][2]; // if SCALED, of the rows of this lane's fragments
+
+    __device__ __forceinline__ Warp(const Problem& p, const Tile& tile)
+    {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        row = warp % WARPS_M * M_STEPS * 16;
+        column = warp / WARPS_M * N_STEPS * 8;
+        a_at = (row + lane % 16) * TILE_PITCH;
+        a_turn = (lane / 16 ^ lane % 8) << 4;
+        b_at = WEIGHTS_AT + (column + lane / 16 * 8 + lane % 8) * TILE_PITCH;
+        b_turn = (lane / 8 % 2 ^ lane % 8) << 4;
+        if (SCALED)
+#pragma unroll
+            for (int i = 0; i < M_STEPS * 2; ++i)
+                factor[i / 2][i % 2] = scale_at(p, p.input_scale, tile, row + i * 8 + lane / 4);
+    }
+    __device__ __forceinline__ void load(Fragments& f, uint32 stage, int step) const
+    {
+#pragma unroll
+        for (int m = 0; m < M_STEPS; ++m)
+            load_matrices(f.a[m][0], f.a[m][1], f.a[m][2], f.a[m][3],
+                          stage + a_at + (a_turn ^ step << 5) + m * 16 * TILE_PITCH);
+#pragma unroll
+        for (int n = 0; n < N_STEPS; n += 2)
+            load_matrices(f.b[n][0], f.b[n][1], f.b[n + 1][0], f.b[n + 1][1],
+                          stage + b_at + (b_turn ^ step << 5) + n * 8 * TILE_PITCH);
+    }
+    __device__ __forceinline__ void multiply(float (&sums)[M_STEPS][N_STEPS][4], Fragments& f) const
+    {
+#pragma unroll
+        for (int m = 0; m < M_STEPS; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (SCALED) f.a[m][i] = Fragment<X>::scaled(f.a[m][i], factor[m][i % 2]);
+                f.a[m][i] = Fragment<X>::ready(f.a[m][i]);
+            }
+#pragma unroll
+        for (int n = 0; n < N_STEPS; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) f.b[n][i] = Fragment<X>::ready(f.b[n][i]);
+#pragma unroll
+        for (int m = 0; m < M_STEPS; ++m)
+#pragma unroll
+            for (int n = 0; n < N_STEPS; ++n) Fragment<X>::multiply(sums[m][n], f.a[m], f.b[n]);
+    }
+    // Sums -> results, in rows of STAGED_PITCH elements.
+    __device__ __forceinline__ void finish(const Problem& p, const Tile& tile, const float (&sums)[M_STEPS][N_STEPS][4],
+                                           X* staged) const
+    {
+        const int lane = threadIdx.x % 32, first = row + lane / 4;
+        constexpr int GROUP = GATED ? 2 : 1; // 8-column products that make 8 outputs
+        float scale[M_STEPS * 2];
+#pragma unroll
+        for (int m = 0; m < M_STEPS * 2; ++m) scale[m] = scale_at(p, p.output_scale, tile, first + m * 8);
+        float bias[N_STEPS][2] = {}; // of each product's columns
+        if (p.bias)
+#pragma unroll
+            for (int n = 0; n < N_STEPS; ++n)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    bias[n][c] = bias_at(p, tile, (column / 8 + n) / GROUP * 8 + lane % 4 * 2 + c, GATED ? n % 2 : 0);
+#pragma unroll
+        for (int n = 0; n < N_STEPS; n += GROUP) {
+            const int at = (column / 8 + n) / GROUP * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int m = 0; m < M_STEPS * 2; ++m) {
+                float v[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int up = n + GROUP - 1;
+                    const float h = rounded_h(sums[m / 2][n][m % 2 * 2 + c], bias[n][c], scale[m]);
+                    const float u = GATED ? rounded_h(sums[m / 2][up][m % 2 * 2 + c], bias[up][c], scale[m]) : h;
+                    v[c] = activations::ACTIVATION(h, u, p.alpha, p.beta, p.limit);
+                }
+                stage_pair(staged + (first + m * 8) * STAGED_PITCH + at, v[0], v[1]);
+            }
+        }
+    }
+};
+
+extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
+    const int4* schedule, const uint8* x, const int* permuted_idx, const float* input_scale, const uint8* weights,
+    const float* bias, const float* output_scale, X* out, int64 x_stride, int64 expert_stride, int64 weight_stride,
+    int top_k, int interleaved, int K, int outputs, int parts, int column_blocks, int wide_stores, int ahead,
+    float alpha, float beta, float limit)
+{
+    const Problem p{schedule, permuted_idx, input_scale,   bias,          output_scale, x,           weights,
+                    out,      x_stride,     expert_stride, weight_stride, top_k,        interleaved, K,
+                    outputs,  parts,        column_blocks, wide_stores,   alpha,        beta,        limit};
+    extern __shared__ __align__(128) uint8 shared[];
+    const uint32 stages = shared_address(shared);
+    const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
+
+    // weights are nobody's output: where the schedule is older than the previous kernel, they need not wait for it
+    if (!ahead) wait_for_previous();
+    const Tile tile = find_tile(p);
+    WeightCopies weight_copies(p, tile);
+    if (tile.rows > 0)
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; ++s)
+            if (s < k_blocks) weight_copies.copy(stages + s * STAGE, s * BLOCK_K);
+    if (ahead) wait_for_previous();
+    let_next_start();
+    if (tile.rows == 0) return;
+
+    RowCopies row_copies(p, tile);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < k_blocks) row_copies.copy(stages + s * STAGE, s * BLOCK_K);
+        copies_commit();
+    }
+    const Warp warp(p, tile);
+    const bool works = warp.row < tile.rows && tile.column + (GATED ? warp.column / 2 : warp.column) < outputs;
+    float sums[M_STEPS][N_STEPS][4] = {};
+    Fragments f[2];
+    uint32 reads = stages, writes = stages + (STAGES - 1) * STAGE;
+    copies_wait<STAGES - 2>();
+    __syncthreads();
+    if (works) warp.load(f[0], reads, 0);
+
+    for (int k = 0; k < k_blocks; ++k) {
+        // everyone has taken what it needs of the stage that is filled now
+        if (k + STAGES - 1 < k_blocks) {
+            weight_copies.copy(writes, (k + STAGES - 1) * BLOCK_K);
+            row_copies.copy(writes, (k + STAGES - 1) * BLOCK_K);
+        }
+        copies_commit();
+        if (works)
+#pragma unroll
+            for (int step = 0; step < K_STEPS - 1; ++step) {
+                warp.load(f[(step + 1) % 2], reads, step + 1);
+                warp.multiply(sums, f[step % 2]);
+            }
+        writes = reads;
+        reads = reads + STAGE == stages + STAGES * STAGE ? stages : reads + STAGE;
+        copies_wait<STAGES - 2>();
+        __syncthreads();
+        if (works) {
+            warp.load(f[0], reads, 0); // behind the last stage: read, not used
+            warp.multiply(sums, f[(K_STEPS - 1) % 2]);
+        }
+    }
+
+    __syncthreads(); // the stages are free
+    X* staged = (X*)shared;
+    if (works) warp.finish(p, tile, sums, staged);
+    __syncthreads();
+    store_tile(p, tile, staged);
+}

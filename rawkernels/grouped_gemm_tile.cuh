@@ -1,0 +1,202 @@
+// grouped_gemm_tile.cuh: what the grouped products without wgmma share: which tile a CTA does, how operands come into
+// shared memory, how results leave. Included by grouped_gemm_mma.cu and grouped_gemm_fma.cu only.
+//
+// A stage holds 128 bytes of K of BLOCK_ROWS rows of activations, then of BLOCK_COLUMNS rows of weights, laid out as
+// memory.cuh says. If GATED, 8 gate rows lie before the 8 up rows of the same outputs, again and again, so that the
+// thread that has column c of the tile has column c + 8 too.
+// Constants  X element type, BLOCK_ROWS, BLOCK_COLUMNS (a multiple of 16), WARPS_M x WARPS_N, GATED, ACTIVATION
+//            COPY_X, COPY_W bytes of a copy (16, 8, 4, and 2 for 16-bit X), which divide every address and K
+
+constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+constexpr int ELEMENT = sizeof(X), CHUNK = 16 / ELEMENT, BLOCK_K = TILE_PITCH / ELEMENT; // bytes; elements
+constexpr int WEIGHTS_AT = BLOCK_ROWS * TILE_PITCH, STAGE = WEIGHTS_AT + BLOCK_COLUMNS * TILE_PITCH;
+constexpr int TILE_OUTPUTS = GATED ? BLOCK_COLUMNS / 2 : BLOCK_COLUMNS;
+constexpr int ROWS_A_PASS = THREADS / 8; // eight threads copy the 128 bytes of a row
+constexpr int X_PASSES = (BLOCK_ROWS + ROWS_A_PASS - 1) / ROWS_A_PASS, W_PASSES = BLOCK_COLUMNS / ROWS_A_PASS;
+constexpr int TILES_TOGETHER = 16; // tiles that use each block of weights while it is in the L2 cache
+// results wait in shared memory in rows of this many elements: 8 extra ones spread them over the banks
+constexpr int STAGED_PITCH = TILE_OUTPUTS + 8;
+
+static_assert(BLOCK_COLUMNS % ROWS_A_PASS == 0 && ROWS_A_PASS % 16 == 0, "a pass covers whole groups of 16 rows");
+
+struct Problem {
+    const int4* schedule;      // {count, 0, 0, 0}, then {expert, first row, rows, 0} of each tile
+    const int* permuted_idx;   // row -> pair; null: row r is pair r
+    const float* input_scale;  // by pair, or null
+    const float* bias;         // (E, weight rows), or null
+    const float* output_scale; // by pair, or null
+    const uint8* x;
+    const uint8* weights;
+    X* out;
+    int64 x_stride, expert_stride, weight_stride; // bytes
+    int top_k, interleaved, K, outputs;           // top_k 0: row r of x is row r
+    int parts, column_blocks;                     // a tile of the schedule is cut into parts of BLOCK_ROWS
+    int wide_stores;                              // rows of out begin at multiples of 16 bytes
+    float alpha, beta, limit;
+};
+
+// What one CTA computes: `rows` rows from `row` on, outputs from `column` on. rows = 0: nothing.
+struct Tile {
+    int expert, row, rows, column;
+};
+
+// Column blocks are the outer loop within TILES_TOGETHER tiles, so that CTAs that run together share weights.
+__device__ __forceinline__ Tile find_tile(const Problem& p)
+{
+    const int count = p.schedule[0].x * p.parts, together = TILES_TOGETHER * p.column_blocks;
+    const int group = blockIdx.x / together, within = blockIdx.x - group * together;
+    const int height = min(TILES_TOGETHER, count - group * TILES_TOGETHER);
+    if (height <= 0) return {0, 0, 0, 0};
+    const int block = within / height, index = group * TILES_TOGETHER + within - block * height;
+    if (block >= p.column_blocks) return {0, 0, 0, 0};
+    const int4 entry = p.schedule[1 + index / p.parts];
+    const int skipped = index % p.parts * BLOCK_ROWS;
+    return {entry.x, entry.y + skipped, max(0, min(BLOCK_ROWS, entry.z - skipped)), block * TILE_OUTPUTS};
+}
+
+// Row of the weights (and of the bias) that makes the gate, or the up, of output i.
+__device__ __forceinline__ int weight_row(const Problem& p, int i, int up)
+{
+    return p.interleaved ? 2 * i + up : i + up * p.outputs;
+}
+
+// One 16-byte chunk; of its elements the first `left` exist, the others become zero.
+template <int BYTES, bool ONCE>
+__device__ __forceinline__ void copy_chunk(uint32 to, const uint8* from, int left)
+{
+    if constexpr (BYTES == 16 && ONCE) {
+        copy_async_once(to, from, left > 0 ? 16 : 0);
+    } else if constexpr (BYTES >= 4) {
+#pragma unroll
+        for (int i = 0; i < 16 / BYTES; ++i)
+            copy_async<BYTES>(to + i * BYTES, from + i * BYTES, left > i * (BYTES / ELEMENT) ? BYTES : 0);
+    } else { // no asynchronous copy is that small
+        uint32 words[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (i < left) words[i / 2] |= (uint32) * (const uint16*)(from + i * 2) << i % 2 * 16;
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                     "r"(words[3])
+                     : "memory");
+    }
+}
+
+// Where this thread puts its chunk of the first row that it copies, within the rows of a tile.
+__device__ __forceinline__ uint32 first_place()
+{
+    const int row = threadIdx.x / 8;
+    return kept(row * TILE_PITCH + ((threadIdx.x % 8 ^ row & 7) << 4));
+}
+
+// The rows of activations that this thread copies: chunk threadIdx.x % 8 of rows threadIdx.x / 8 + i * ROWS_A_PASS.
+struct RowCopies {
+    const uint8* from[X_PASSES];
+    uint32 place;
+    int passes, left; // rows that exist; elements of K from this thread's chunk on
+
+    __device__ __forceinline__ RowCopies(const Problem& p, const Tile& tile)
+    {
+        const int first = threadIdx.x / 8;
+        place = first_place();
+        passes = (tile.rows - first + ROWS_A_PASS - 1) / ROWS_A_PASS;
+        left = p.K - threadIdx.x % 8 * CHUNK;
+        int row[X_PASSES]; // beyond the tile: its last row again, for an address that exists
+#pragma unroll
+        for (int i = 0; i < X_PASSES; ++i) row[i] = tile.row + min(first + i * ROWS_A_PASS, tile.rows - 1);
+        if (p.top_k) {
+            if (p.permuted_idx)
+#pragma unroll
+                for (int i = 0; i < X_PASSES; ++i) row[i] = p.permuted_idx[row[i]];
+#pragma unroll
+            for (int i = 0; i < X_PASSES; ++i) row[i] = (uint32)row[i] / (uint32)p.top_k;
+        }
+#pragma unroll
+        for (int i = 0; i < X_PASSES; ++i) from[i] = p.x + row[i] * p.x_stride + threadIdx.x % 8 * 16;
+    }
+    // 128 bytes of K from element k on into the stage at `to`.
+    __device__ __forceinline__ void copy(uint32 to, int k) const
+    {
+        const int row = threadIdx.x / 8;
+        const int exist = left - k;
+#pragma unroll
+        for (int i = 0; i < X_PASSES; ++i)
+            if (BLOCK_ROWS % ROWS_A_PASS == 0 || row + i * ROWS_A_PASS < BLOCK_ROWS)
+                copy_chunk<COPY_X, false>(to + place + i * ROWS_A_PASS * TILE_PITCH, from[i] + (uint32)k * ELEMENT,
+                                          i < passes ? exist : 0);
+    }
+};
+
+// The same of the weights: tile column c is a gate (c / 8 even) or an up of output c / 16 * 8 + c % 8, or output c.
+struct WeightCopies {
+    const uint8* from;
+    int64 step; // bytes from one pass to the next
+    uint32 place;
+    int passes, left;
+
+    __device__ __forceinline__ WeightCopies(const Problem& p, const Tile& tile)
+    {
+        constexpr int OUTPUTS_A_PASS = GATED ? ROWS_A_PASS / 2 : ROWS_A_PASS;
+        const int first = threadIdx.x / 8, up = GATED ? first / 8 % 2 : 0;
+        const int output = tile.column + (GATED ? first / 16 * 8 + first % 8 : first);
+        place = first_place() + WEIGHTS_AT;
+        passes = (p.outputs - output + OUTPUTS_A_PASS - 1) / OUTPUTS_A_PASS;
+        left = p.K - threadIdx.x % 8 * CHUNK;
+        from = kept(p.weights + tile.expert * p.expert_stride + weight_row(p, output, up) * p.weight_stride +
+                    threadIdx.x % 8 * 16);
+        step = (GATED && p.interleaved ? 2 : 1) * OUTPUTS_A_PASS * p.weight_stride;
+    }
+    __device__ __forceinline__ void copy(uint32 to, int k) const
+    {
+        const int exist = left - k;
+#pragma unroll
+        for (int i = 0; i < W_PASSES; ++i)
+            copy_chunk<COPY_W, true>(to + place + i * ROWS_A_PASS * TILE_PITCH, from + i * step + (uint32)k * ELEMENT,
+                                     i < passes ? exist : 0);
+    }
+};
+
+// ---- results ----
+
+// Bias of tile output `column`, where there is one.
+__device__ __forceinline__ float bias_at(const Problem& p, const Tile& tile, int column, int up)
+{
+    const int output = tile.column + column;
+    if (output >= p.outputs) return 0.0f;
+    return p.bias[(int64)tile.expert * (GATED ? 2 * p.outputs : p.outputs) + weight_row(p, output, up)];
+}
+
+// Scale of tile row `row`, 1 where there is none.
+__device__ __forceinline__ float scale_at(const Problem& p, const float* scale, const Tile& tile, int row)
+{
+    if (!scale || row >= tile.rows) return 1.0f;
+    return scale[p.permuted_idx ? p.permuted_idx[tile.row + row] : tile.row + row];
+}
+
+// h before the activation.
+__device__ __forceinline__ float rounded_h(float sum, float bias, float scale)
+{
+    return rounded<X>((sum + bias) * scale);
+}
+
+__device__ __forceinline__ void stage_pair(float32* to, float low, float high) { *(float2*)to = {low, high}; }
+template <typename T>
+__device__ __forceinline__ void stage_pair(T* to, float low, float high)
+{
+    *(uint32*)to = store_pair<T>(low, high);
+}
+
+// From shared memory to memory, in pieces of 16 bytes where that is aligned.
+__device__ __forceinline__ void store_tile(const Problem& p, const Tile& tile, const X* staged)
+{
+    constexpr int CHUNKS = TILE_OUTPUTS / CHUNK;
+    for (int i = threadIdx.x; i < tile.rows * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS, column = i % CHUNKS * CHUNK, left = p.outputs - tile.column - column;
+        const X* from = staged + row * STAGED_PITCH + column;
+        X* to = p.out + (int64)(tile.row + row) * p.outputs + tile.column + column;
+        if (p.wide_stores && left >= CHUNK)
+            *(uint4*)to = *(const uint4*)from;
+        else
+#pragma unroll 1
+            for (int j = 0; j < min(left, CHUNK); ++j) to[j] = from[j];
+    }
+}
