@@ -10,23 +10,20 @@ import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from numpydoc.docscrape import ClassDoc, FunctionDoc
 from numpydoc.validate import validate
+from tree import CPU, FRONT, GPU, REFERENCE, ROOT, calls_of, imports, name_of, signatures, sources, written_files
 
 import cumoe
-
-ROOT = Path(__file__).parents[1]
-FRONT, CPU, GPU, REFERENCE = ROOT / "cumoe", ROOT / "cpu", ROOT / "rawkernels", ROOT / "cumoe" / "reference"
 
 # rooms may be called together only here: file -> what it tells
 COMPOSERS = {"_moe": "the whole layer", "_batched": "the layer on batched activations"}
 
 # what may print and import freely: they run, nobody imports them
-PROGRAMS = {"cli", "__main__", "_info", "_demo", "_run", "bench"}
+PROGRAMS = {"cli", "__main__", "_info", "_demo", "_compile_command", "bench"}
 
 # imported inside functions only, by those who need them
 OPTIONAL = {"cupy", "matplotlib", "IPython", "mpi4py"}
@@ -52,10 +49,6 @@ def words(text):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def sources(folder):
-    return sorted(path for path in folder.rglob("*.py"))
-
-
 def front_desk():
     return [path for path in sources(FRONT) if REFERENCE not in path.parents]
 
@@ -64,28 +57,7 @@ def is_program(path):
     return bool(PROGRAMS & {path.stem, *path.relative_to(ROOT).parts})
 
 
-def name_of(path):
-    return path.relative_to(ROOT).as_posix()
-
-
 # -- doors: who imports whom ------------------------------------------------------------------------
-
-
-def imports(tree):
-    """Yield (dotted name, at import time?) of everything that a module imports."""
-    pending = [(node, True) for node in tree.body]
-    while pending:
-        node, at_import = pending.pop()
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, at_import) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from ((f"{module}.{alias.name}", at_import) for alias in node.names)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            pending += [(child, at_import) for child in node.orelse]
-        else:
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            pending += [(child, at_import and not inside) for child in ast.iter_child_nodes(node)]
 
 
 def foreign_imports(source, libraries, own):
@@ -120,7 +92,7 @@ def test_cpu_imports_no_front_desk():
 
 def test_rawkernels_import_no_front_desk():
     for path in sources(GPU):
-        libraries = {"cupy", "cuda", "numba", "numpy", "ml_dtypes"}
+        libraries = {"cupy", "cuda", "numba", "llvmlite", "numpy", "ml_dtypes"}
         assert foreign_imports(path.read_text(), libraries, ("cumoe.rawkernels",)) == [], path
 
 
@@ -179,17 +151,6 @@ def test_import_is_light():
 # -- twins: both sides of a room --------------------------------------------------------------------
 
 
-def signatures(source):
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            arguments = node.args
-            names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-            defaults = [ast.unparse(one) for one in (*arguments.defaults, *arguments.kw_defaults) if one is not None]
-            found[node.name] = names, defaults
-    return found
-
-
 def unlike_twins(cpu, gpu):
     """Return the functions that both sources have, with different arguments."""
     here, there = signatures(cpu), signatures(gpu)
@@ -211,10 +172,6 @@ def test_the_check_of_twins_sees_what_it_must():
 
 
 # -- the text of every file -------------------------------------------------------------------------
-
-
-def calls_of(tree):
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def compiled_elsewhere(source):
@@ -270,12 +227,6 @@ def test_library_code_neither_prints_nor_asserts():
                 call.lineno for call in calls_of(tree) if isinstance(call.func, ast.Name) and call.func.id == "print"
             ]
             assert not named, path
-
-
-def written_files():
-    for folder in ("cumoe", "cpu", "rawkernels", "tests", "benchmarks", "notebooks", ".ci"):
-        yield from (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    yield from (path for path in ROOT.iterdir() if path.is_file())
 
 
 def test_no_file_is_long():

@@ -1,0 +1,151 @@
+"""
+Every kernel compiles for every architecture, with no GPU: no spills, no local memory, no remark of the assembler,
+and the machine instructions that make it what it is.
+
+The launchers say which constants they use (`variants`). All of them are compiled for Hopper; for the others a
+choice in which each value of each constant occurs. Cubins are kept in build/kernels.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.core", reason="cuda-core is not installed (extra `compile`)")
+
+from cumoe.rawkernels import _compile, _variants
+
+ROOT = Path(__file__).parents[1]
+GPU, KEPT = ROOT / "rawkernels", ROOT / "build" / "kernels"
+COMPLETE = "sm_90a"
+
+# file -> what must be among its instructions, given the number of the architecture and the constants
+INSTRUCTIONS = {}
+
+# file -> why its kernels may use the stack
+STACK = {}
+
+
+def covering(variants):
+    """Choose variants so that each value of each constant of each file occurs."""
+    seen, chosen = set(), []
+    for variant in variants:
+        values = {(variant.file, entry) for entry in variant.entries}
+        values |= {(variant.file, *constant) for constant in variant.constants}
+        if not values <= seen:
+            seen |= values
+            chosen.append(variant)
+    return chosen
+
+
+def cases():
+    for arch in _compile.ARCHITECTURES:
+        variants = _variants.default(arch)
+        for variant in variants if arch == COMPLETE else covering(variants):
+            yield pytest.param(arch, variant, id=f"{arch} {variant}")
+
+
+CASES = list(cases())
+
+
+def disassembler():
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="cuda-pathfinder is not installed")
+    found = pathfinder.find_nvidia_binary_utility("nvdisasm")
+    if found is None:
+        pytest.skip("nvdisasm is not installed (extra `compile`)")
+    return found
+
+
+def instructions(code, folder):
+    """Machine instructions of a cubin: the set of their whole names, as in {"HMMA.16816.F32", "EXIT"}."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(code)
+    text = subprocess.run([disassembler(), "-c", path], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE))
+    assert "EXIT" in found, text[:2000]
+    return found
+
+
+def has(found, name):
+    """Tell whether an instruction is there, in any of its forms."""
+    return any(one == name or one.startswith(f"{name}.") for one in found)
+
+
+@pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_a_kernel_compiles_into_registers_and_the_right_instructions(arch, variant, tmp_path):
+    done = _variants.compiled(variant, arch, KEPT)
+    used = _variants.usage(done.log)
+    assert set(variant.entries) <= used.keys()
+    assert _variants.remarks(done.log) == []
+    for name, usage in used.items():
+        assert usage.spill_bytes == 0, name
+        assert usage.stack_bytes == 0 or variant.file in STACK, name
+        assert 1 <= usage.registers <= 255
+    found = instructions(done.code, tmp_path)
+    if variant.file not in STACK:
+        assert not [name for name in ("LDL", "STL") if has(found, name)]
+    wanted = INSTRUCTIONS[variant.file](int(re.sub(r"\D", "", arch)), dict(variant.constants))
+    assert [name for name in wanted if not has(found, name)] == []
+
+
+def test_every_kernel_file_is_listed():
+    files = {path.name for path in GPU.glob("*.cu")}
+    for arch in _compile.ARCHITECTURES:
+        assert {variant.file for variant in _variants.default(arch) if variant.file.endswith(".cu")} <= files
+    assert {variant.file for variant in _variants.default(COMPLETE) if variant.file.endswith(".cu")} == files
+    assert INSTRUCTIONS.keys() == {variant.file for variant in _variants.default(COMPLETE)}
+    assert STACK.keys() <= files
+
+
+def test_every_entry_point_is_listed():
+    for file in {path.name for path in GPU.glob("*.cu")}:
+        text = re.sub(r"//.*", "", _compile.source(file))
+        written = set(re.findall(r"__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text))
+        listed = {entry for variant in _variants.default(COMPLETE) if variant.file == file for entry in variant.entries}
+        assert written == listed, file
+
+
+# -- the checks themselves --------------------------------------------------------------------------
+
+BAD = """
+extern "C" __global__ void spills(float *x)
+{
+    float kept[200];
+    for (int i = 0; i < 200; ++i) kept[i] = x[i * 32 + threadIdx.x];
+    x[threadIdx.x] *= kept[(int)x[3]];
+}
+"""
+
+
+def test_the_checks_see_the_stack_and_remarks(tmp_path):
+    code, log = _compile.compile_text("bad.cu", BAD, "sm_90a", ())
+    assert _variants.usage(log)["spills"].stack_bytes == 800
+    assert has(instructions(code, tmp_path), "LDL")
+    assert not has({"LDLX", "XLDL"}, "LDL")
+    assert _variants.remarks(log) == []
+    serialized = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert _variants.remarks(f"{log}\n{serialized}\n") == [serialized]
+    unused = 'extern "C" __global__ void f() { int unused; }'
+    assert "#177-D" in _variants.remarks(_compile.compile_text("bad.cu", unused, "sm_90a", ())[1])[0]
+
+
+def test_a_choice_covers_every_value():
+    def variant(entry, **constants):
+        return _variants.Variant("a.cu", (entry,), tuple(sorted(constants.items())))
+
+    listed = [variant("f", A=a, B=b) for a in (1, 2, 3) for b in (1, 2)] + [variant("g", A=1, B=1)]
+    chosen = covering(listed)
+    assert chosen == [listed[0], listed[1], listed[2], listed[4], listed[6]]
+
+
+def test_variants_of_other_dtypes_are_left_out(monkeypatch):
+    listed = [("a.cu", "f", {"X": "bfloat16"}), ("a.cu", "f", {"X": "float32", "Y": "float16"}), ("a.cu", "f", {})]
+    listed += [("a.cu", "g", {"X": "bfloat16"}), ("a.cu", "f", {"X": "bfloat16"})]
+    module = type("Launcher", (), {"variants": staticmethod(lambda arch: listed)})
+    monkeypatch.setattr(_variants.pkgutil, "iter_modules", lambda path: [type("M", (), {"name": "launcher"})])
+    monkeypatch.setattr(_variants.importlib, "import_module", lambda name: module)
+    only = _variants.default("sm_90a", ("bfloat16",))
+    assert [(one.entries, dict(one.constants)) for one in only] == [(("f", "g"), {"X": "bfloat16"}), (("f",), {})]
+    assert len(_variants.default("sm_90a")) == 3
+    assert str(only[0]) == "a.cu X=bfloat16"
