@@ -29,8 +29,9 @@ class Tile(NamedTuple):
             64 * self.m_blocks if self.swapped else self.columns
         )
 
-    def constants(self, dtype, activation, gated, biased, gathered):
+    def constants(self, dtype, activation, gathered, biased=False, scaled=False, limited=False):
         """Macros of the kernel."""
+        gated = bool(activation) and not activation.endswith("_no_mul")
         small = self.ctas > 1
         producer, consumer = (0, 0) if small else (56, 224) if gathered else (40, 232)
         return {
@@ -40,6 +41,8 @@ class Tile(NamedTuple):
             "ACTIVATION": activation or "identity",
             "GATED": int(gated),
             "BIASED": int(biased),
+            "SCALED": int(scaled),
+            "LIMITED": int(limited),
             "SWAPPED": int(self.swapped),
             "GATHERED": int(gathered),
             "PINGPONG": int(self.pingpong),
@@ -111,7 +114,9 @@ def launch(
     gated = bool(activation) and not activation.endswith("_no_mul")
     gathered = top_k > 0
     (num_experts, n, k), (rows, outputs) = weights.shape, out.shape
-    constants = tile.constants(dtype, activation, gated, bias.size > 0, gathered)
+    constants = tile.constants(
+        dtype, activation, gathered, bias.size > 0, output_scale.size > 0, bool(activation) and limit != math.inf
+    )
     kernel = _load.kernel("grouped_gemm_wgmma.cu", "grouped_gemm", **constants)
 
     blocks = -(-n // tile.weights)
@@ -119,7 +124,7 @@ def launch(
     processors = _load.multiprocessors(x.device.id)
     grid = units if tile.ctas > 1 and units <= _MANY_TILES else min(units, processors * tile.ctas)
     k_blocks = -(-k // _BLOCK_K)
-    fixed = 1024 + tile.staging_bytes(gated) + 16
+    fixed = 1024 + tile.staging_bytes(gated) + 16 + tile.groups * tile.columns * 4
     ctas = 1 if grid <= processors else tile.ctas
     room = min(_SHARED_BYTES, _SM_BYTES // ctas - 1024) - fixed
     stages = room // (tile.stage_bytes() + 16)

@@ -25,6 +25,8 @@
 #define ACTIVATION silu
 #define GATED 1
 #define BIASED 0
+#define SCALED 0
+#define LIMITED 0
 #define SWAPPED 1
 #define GATHERED 1
 #define PINGPONG 0
@@ -108,12 +110,11 @@ struct Ring {
 #include "grouped_gemm_wgmma_store.cuh"
 #include "grouped_gemm_wgmma_roles.cuh"
 
-extern "C" __global__
-__launch_bounds__(128 + 128 * GROUPS, MIN_CTAS)
-void grouped_gemm(const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map,
-                  const __grid_constant__ TensorMap out_map, const int4* schedule, const int* permuted_idx,
-                  const uint8* x, const float* bias, const float* output_scale, X* out, int blocks, int K, int outputs,
-                  int interleaved, int top_k, int stages, int ahead, float alpha, float beta, float limit)
+extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void grouped_gemm(
+    const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map,
+    const __grid_constant__ TensorMap out_map, const int4* schedule, const int* permuted_idx, const uint8* x,
+    const float* bias, const float* output_scale, X* out, int blocks, int K, int outputs, int interleaved, int top_k,
+    int stages, int ahead, float alpha, float beta, float limit)
 {
     extern __shared__ uint8 shared[];
     const uint32 base = (shared_address(shared) + 1023) & ~1023u;
@@ -152,8 +153,7 @@ void grouped_gemm(const __grid_constant__ TensorMap rows_map, const __grid_const
 #endif
     wait_for_previous();
     tiles.count = schedule[0].x;
-    const Problem problem{permuted_idx, out,         bias,  output_scale, &out_map,
-                          outputs,      interleaved, alpha, beta,         limit};
+    const Problem problem{permuted_idx, out, bias, output_scale, &out_map, outputs, interleaved, alpha, beta, limit};
     const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
-    consume(tiles, ring, problem, staging + group * STAGING, turns, k_blocks, group);
+    consume(tiles, ring, problem, staging + group * STAGING, turns, turns + 16 + group * SCALE_BYTES, k_blocks, group);
 }

@@ -78,7 +78,8 @@ __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* 
 #pragma unroll
             for (int i = 0; i < COPIES; ++i)
                 if (i < needed)
-                    copy_chunk(ring.buffer() + place + i * 2048, x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16, bytes);
+                    copy_chunk(ring.buffer() + place + i * 2048, x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16,
+                               bytes);
             barrier_arrive_after_copies(ring.full());
         }
         primed = 0;
@@ -103,7 +104,8 @@ __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring
 #pragma unroll
         for (int step = 0; step < BLOCK_K / 16; ++step)
 #pragma unroll
-            for (int i = 0; i < M_BLOCKS; ++i) Wgmma<N>::multiply(d[i], m + i * 512 + step * 2, n + step * 2, k > 0 || step > 0);
+            for (int i = 0; i < M_BLOCKS; ++i)
+                Wgmma<N>::multiply(d[i], m + i * 512 + step * 2, n + step * 2, k > 0 || step > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (k > 0 && first_lane) barrier_arrive(previous);
@@ -127,7 +129,7 @@ __device__ __forceinline__ void pass(Ring& ring, int k_blocks)
 // One warpgroup: multiply and store its units. In ping-pong the groups take turns at the tensor cores: `turns` are
 // two barriers, and group 0 begins.
 __device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p, uint32 staging, uint32 turns,
-                                        int k_blocks, int group)
+                                        uint32 scales, int k_blocks, int group)
 {
     if (PINGPONG) ring.skip(group * k_blocks);
     int turn = 0;
@@ -143,8 +145,7 @@ __device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p
             continue;
         }
         const int tokens = multiplied_tokens(unit.left);
-        if (tokens == COLUMNS || !SWAPPED)
-            multiply<COLUMNS>(d, ring, k_blocks, group, next_turn);
+        if (tokens == COLUMNS || !SWAPPED) multiply<COLUMNS>(d, ring, k_blocks, group, next_turn);
 #if SWAPPED && COLUMNS >= 16
         else if (tokens == QUARTER)
             multiply<QUARTER>(d, ring, k_blocks, group, next_turn);
@@ -156,7 +157,7 @@ __device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p
             multiply<3 * QUARTER>(d, ring, k_blocks, group, next_turn);
 #endif
         if (PINGPONG) ring.skip((GROUPS - 1) * k_blocks);
-        store_tile(d, p, extras, unit, staging, group);
+        store_tile(d, p, extras, unit, staging, scales, group);
     }
 #if !SWAPPED
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

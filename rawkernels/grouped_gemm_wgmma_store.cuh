@@ -21,27 +21,29 @@ __device__ __forceinline__ float bias_at(const Problem& p, int expert, int row, 
 
 __device__ __forceinline__ float scale_at(const Problem& p, int row)
 {
-    return p.output_scale ? p.output_scale[p.permuted_idx ? p.permuted_idx[row] : row] : 1.0f;
+    return SCALED ? p.output_scale[p.permuted_idx ? p.permuted_idx[row] : row] : 1.0f;
 }
 
-// h = (sum + bias) * scale, rounded; then the activation, for the caller to round.
-__device__ __forceinline__ float finished(const Problem& p, float sum, float bias, float scale)
+// (sum + bias) * scale of two sums, rounded: two h in one register.
+__device__ __forceinline__ uint32 rounded_pair(float sum0, float sum1, float bias0, float bias1, float scale0,
+                                               float scale1)
 {
-    const float h = (sum + bias) * scale;
-#if ACTIVATED && !GATED
-    const float r = rounded<X>(h);
-    return activations::ACTIVATION(r, r, p.alpha, p.beta, p.limit);
+    if (BIASED) sum0 += bias0, sum1 += bias1;
+    if (SCALED) sum0 *= scale0, sum1 *= scale1;
+    return store_pair<X>(sum0, sum1);
+}
+
+// Two outputs in one register, from two pairs of h (without a gate: from one).
+__device__ __forceinline__ uint32 activated_pair(const Problem& p, uint32 gate, uint32 up)
+{
+#if ACTIVATED
+    const float limit = LIMITED ? p.limit : __int_as_float(0x7F800000); // infinity: the clamps fold away
+    return store_pair<X>(activations::ACTIVATION(load_low<X>(gate), load_low<X>(up), p.alpha, p.beta, limit),
+                         activations::ACTIVATION(load_high<X>(gate), load_high<X>(up), p.alpha, p.beta, limit));
 #else
-    return h;
+    return gate;
 #endif
 }
-#if GATED
-__device__ __forceinline__ float gated(const Problem& p, float gate, float up, float gate_bias, float up_bias, float scale)
-{
-    return activations::ACTIVATION(rounded<X>((gate + gate_bias) * scale), rounded<X>((up + up_bias) * scale), p.alpha,
-                                   p.beta, p.limit);
-}
-#endif
 
 #if SWAPPED
 // ---- tokens are the columns of d ----
@@ -50,11 +52,11 @@ constexpr int STAGED_TOKENS = COLUMNS < 64 ? COLUMNS : COLUMNS % 64 ? 32 : 64; /
 constexpr int GROUP_OUTPUTS = (GATED ? 32 : 64) * M_BLOCKS;
 constexpr int STAGING = STAGED_TOKENS * GROUP_OUTPUTS * 2; // bytes of a warpgroup
 constexpr int CHUNKS = GROUP_OUTPUTS / 8;                  // 16-byte pieces of a staged token
-constexpr bool SCALES_EARLY = COLUMNS <= 32;               // few enough for registers
+constexpr int SCALE_BYTES = COLUMNS * 4;
 
 struct Extras {
     float bias[M_BLOCKS][2];
-    float scale[SCALES_EARLY ? COLUMNS / 4 : 1];
+    float scale[(COLUMNS + 127) / 128]; // of tokens thread, thread + 128
 };
 
 __device__ __forceinline__ int first_output(const Unit& unit, int group)
@@ -73,10 +75,8 @@ __device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit
         e.bias[i][1] = GATED ? bias_at(p, unit.expert, up_row(p, column), column)
                              : bias_at(p, unit.expert, column + 8, column + 8);
     }
-    if (SCALES_EARLY)
-#pragma unroll
-        for (int i = 0; i < COLUMNS / 4; ++i)
-            e.scale[i] = scale_at(p, unit.row + min(i / 2 * 8 + lane % 4 * 2 + i % 2, unit.left - 1));
+    for (int i = 0; i < (COLUMNS + 127) / 128; ++i)
+        e.scale[i] = scale_at(p, unit.row + min((int)threadIdx.x % 128 + i * 128, unit.left - 1));
     return e;
 }
 
@@ -89,36 +89,34 @@ __device__ __forceinline__ uint32 staged(int token, int chunk)
 }
 
 __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Extras& e,
-                                           const Unit& unit, uint32 staging, int group)
+                                           const Unit& unit, uint32 staging, uint32 scales, int group)
 {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int column0 = first_output(unit, group);
+    if (SCALED)
+        for (int i = 0; i < (COLUMNS + 127) / 128; ++i)
+            if (thread + i * 128 < COLUMNS) store_shared(scales + (thread + i * 128) * 4, e.scale[i]);
 #pragma unroll
     for (int part = 0; part < COLUMNS / STAGED_TOKENS; ++part) {
         const int token0 = part * STAGED_TOKENS;
         if (token0 >= unit.left) break;
-        warpgroup_sync(1 + group); // the staging area is free
+        warpgroup_sync(1 + group); // the staging area is free, the scales are there
 #pragma unroll
         for (int i = 0; i < STAGED_TOKENS / 8; ++i) {
-            const int g = part * (STAGED_TOKENS / 8) + i;
-            float s[2];
-#pragma unroll
-            for (int t = 0; t < 2; ++t)
-                s[t] = SCALES_EARLY ? e.scale[g * 2 + t]
-                                    : scale_at(p, unit.row + min(g * 8 + lane % 4 * 2 + t, unit.left - 1));
+            const int g = part * (STAGED_TOKENS / 8) + i, token = i * 8 + lane % 8;
+            float s0 = 1.0f, s1 = 1.0f;
+            if (SCALED) load_shared(scales + (g * 8 + lane % 4 * 2) * 4, s0, s1);
 #pragma unroll
             for (int m = 0; m < M_BLOCKS; ++m) {
                 const float* sum = &d[m][g * 4];
                 const float b0 = e.bias[m][0], b1 = e.bias[m][1];
-                const int token = i * 8 + lane % 8;
-#if GATED
-                store_transposed(staging + staged(token, m * 4 + warp),
-                                 store_pair<X>(gated(p, sum[0], sum[2], b0, b1, s[0]), gated(p, sum[1], sum[3], b0, b1, s[1])));
-#else
-                store_transposed(staging + staged(token, m * 8 + warp * 2 + lane / 8 % 2),
-                                 store_pair<X>(finished(p, sum[0], b0, s[0]), finished(p, sum[1], b0, s[1])),
-                                 store_pair<X>(finished(p, sum[2], b1, s[0]), finished(p, sum[3], b1, s[1])));
-#endif
+                const uint32 low = rounded_pair(sum[0], sum[1], b0, b0, s0, s1);
+                const uint32 high = rounded_pair(sum[2], sum[3], b1, b1, s0, s1);
+                if (GATED)
+                    store_transposed(staging + staged(token, m * 4 + warp), activated_pair(p, low, high));
+                else
+                    store_transposed(staging + staged(token, m * 8 + warp * 2 + lane / 8 % 2),
+                                     activated_pair(p, low, low), activated_pair(p, high, high));
             }
         }
         warpgroup_sync(1 + group);
@@ -138,6 +136,7 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
 
 constexpr int BOXES = 2; // in turn: one is filled while the other leaves
 constexpr int STAGING = BOXES * 8192;
+constexpr int SCALE_BYTES = 0; // scales are in registers
 
 struct Extras {
     float scale[M_BLOCKS][2];
@@ -148,7 +147,8 @@ __device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit
     Extras e;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS * 2; ++i) {
-        const int row = ((PINGPONG ? 0 : group) * M_BLOCKS + i / 2) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        const int row =
+            ((PINGPONG ? 0 : group) * M_BLOCKS + i / 2) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         e.scale[i / 2][i % 2] = scale_at(p, unit.row + min(row + i % 2 * 8, unit.left - 1));
     }
     return e;
@@ -157,21 +157,19 @@ __device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit
 // Two outputs of one row: columns `column`, + 1, whose sums are at[0], at[1] (and of the up rows at[4], at[5]).
 __device__ __forceinline__ uint32 outputs_of(const Problem& p, const float* at, int expert, int column, float scale)
 {
-    float v[2];
+    float b[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (BIASED)
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        const float b = bias_at(p, expert, GATED ? gate_row(p, column + c) : column + c, column + c);
-#if GATED
-        v[c] = gated(p, at[c], at[4 + c], b, bias_at(p, expert, up_row(p, column + c), column + c), scale);
-#else
-        v[c] = finished(p, at[c], b, scale);
-#endif
-    }
-    return store_pair<X>(v[0], v[1]);
+        for (int c = 0; c < 2; ++c) {
+            b[c] = bias_at(p, expert, GATED ? gate_row(p, column + c) : column + c, column + c);
+            if (GATED) b[2 + c] = bias_at(p, expert, up_row(p, column + c), column + c);
+        }
+    const uint32 gate = rounded_pair(at[0], at[1], b[0], b[1], scale, scale);
+    return activated_pair(p, gate, GATED ? rounded_pair(at[4], at[5], b[2], b[3], scale, scale) : gate);
 }
 
 __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Extras& e,
-                                           const Unit& unit, uint32 staging, int group)
+                                           const Unit& unit, uint32 staging, uint32 scales, int group)
 {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int staged_row = warp * 16 + lane % 16;

@@ -48,7 +48,8 @@ __device__ __forceinline__ void warpgroup_sync(int id) { asm volatile("bar.sync 
 // ---- copies ----
 
 // A box of a weight tensor as five axes: K, and the four that put its rows in tile order (tensor_maps.py).
-__device__ __forceinline__ void copy_weights(uint32 to, const TensorMap* map, uint32 barrier, int k, int block, int expert)
+__device__ __forceinline__ void copy_weights(uint32 to, const TensorMap* map, uint32 barrier, int k, int block,
+                                             int expert)
 {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4, %4, %5, %6}], [%2];" ::"r"(to),
@@ -117,4 +118,14 @@ __device__ __forceinline__ uint4 load_chunk(uint32 from)
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
     return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32 to, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
+__device__ __forceinline__ void load_shared(uint32 from, float& x, float& y)
+{
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(from));
 }

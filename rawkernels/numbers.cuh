@@ -28,11 +28,14 @@ __device__ __forceinline__ float load(float16 x)
     return y;
 }
 
-template <typename T> struct Store;
-template <> struct Store<float32> {
+template <typename T>
+struct Store;
+template <>
+struct Store<float32> {
     static __device__ __forceinline__ float32 of(float x) { return x; }
 };
-template <> struct Store<float16> {
+template <>
+struct Store<float16> {
     static __device__ __forceinline__ float16 of(float x)
     {
         float16 y;
@@ -40,7 +43,8 @@ template <> struct Store<float16> {
         return y;
     }
 };
-template <> struct Store<bfloat16> {
+template <>
+struct Store<bfloat16> {
     static __device__ __forceinline__ bfloat16 of(float x)
     {
         bfloat16 y;
@@ -62,8 +66,10 @@ __device__ __forceinline__ float rounded(float x)
 }
 
 // Two numbers in one register, the first in the low half.
-template <typename T> struct Pair;
-template <> struct Pair<float16> {
+template <typename T>
+struct Pair;
+template <>
+struct Pair<float16> {
     static __device__ __forceinline__ uint32 of(float low, float high)
     {
         uint32 y;
@@ -71,7 +77,8 @@ template <> struct Pair<float16> {
         return y;
     }
 };
-template <> struct Pair<bfloat16> {
+template <>
+struct Pair<bfloat16> {
     static __device__ __forceinline__ uint32 of(float low, float high)
     {
         uint32 y;
@@ -83,4 +90,21 @@ template <typename T>
 __device__ __forceinline__ uint32 store_pair(float low, float high)
 {
     return Pair<T>::of(low, high);
+}
+
+// The number in the low half of a register, and the one in the high half.
+template <typename T>
+__device__ __forceinline__ float load_low(uint32 pair)
+{
+    return load(T{(uint16)pair});
+}
+template <typename T>
+__device__ __forceinline__ float load_high(uint32 pair)
+{
+    return load(T{(uint16)(pair >> 16)});
+}
+template <>
+__device__ __forceinline__ float load_high<bfloat16>(uint32 pair)
+{
+    return __uint_as_float(pair & 0xFFFF0000);
 }
