@@ -105,18 +105,24 @@ def _build_all(console: Console, tasks: Sequence[Any], output: Path | None, jobs
 
     found: dict[int, Built] = {}
     order = sorted(range(len(tasks)), key=lambda i: -len(_compile.source(tasks[i][0].file)))
-    spawn = multiprocessing.get_context("spawn")  # a forked child would share this process's compiler
+    jobs = min(jobs, len(tasks))
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("compile", total=len(tasks))
-        with ProcessPoolExecutor(min(jobs, len(tasks)), spawn) as pool:
-            pending = {pool.submit(_build, *tasks[i], output): i for i in order}
-            try:
-                for future in as_completed(pending):
-                    found[pending[future]] = future.result()
-                    progress.advance(bar)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        if jobs == 1:
+            for i in order:
+                found[i] = _build(*tasks[i], output)
+                progress.advance(bar)
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a forked child would share this process's compiler
+            with ProcessPoolExecutor(jobs, spawn) as pool:
+                pending = {pool.submit(_build, *tasks[i], output): i for i in order}
+                try:
+                    for future in as_completed(pending):
+                        found[pending[future]] = future.result()
+                        progress.advance(bar)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
     return [found[i] for i in range(len(tasks))]
 
 
