@@ -99,7 +99,7 @@ def run(
     return int(failed > 0)
 
 
-def _build_all(console: Console, tasks: Sequence[Any], output: Path | None, jobs: int) -> list[Built]:
+def _build_all(console: Console, tasks: Sequence[tuple[Any, str]], output: Path | None, jobs: int) -> list[Built]:
     """Build in parallel processes, the longest texts first so that none of them is the last to end."""
     from cumoe.rawkernels import _compile
 
