@@ -183,6 +183,41 @@ def test_every_size_gives_the_same_bits(xp):
             assert back(alone).tobytes() == out[t : t + 1].tobytes()
 
 
+@pytest.mark.parametrize("top_k", [7, 10, 11, 32, 33, 100])
+@pytest.mark.parametrize("hidden_size", [1, 12, 264])
+def test_many_choices(xp, top_k, hidden_size):
+    """More of them than a kernel loads at once, of which some are skipped; loads of 2, 8 and 16 bytes."""
+    rng = np.random.default_rng(top_k)
+    inv = rng.integers(-2, 50, (9, top_k))
+    weights = draw_weights(9, top_k)
+    for dtype in ("float32", "bfloat16"):
+        y = draw((40, hidden_size), dtype)
+        inv_used = np.where(inv < 40, inv, -1)
+        out = cumoe.moe_unpermute(on(xp, y), on(xp, weights), on(xp, inv))
+        assert_within_bound(out, reference.unpermute(y, weights, inv_used), dtype)
+        x = draw((9, top_k, hidden_size), dtype)
+        used = inv >= 0
+        out = cumoe.moe_fused_mul_sum(on(xp, x), on(xp, weights), on(xp, inv))
+        assert_within_bound(out, reference.weighted_sum(x, weights, used), dtype)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 6])
+def test_rows_that_start_anywhere(xp, offset):
+    """Rows whose addresses allow narrow loads only, in the same bits."""
+    y, inv = draw((6, 64), "bfloat16"), np.array([[0, 3, 5], [2, -1, 1]])
+    memory = xp.zeros(6 * 64 + offset, np.uint16)
+    moved = memory[offset:].reshape(6, 64)
+    moved[...] = on(xp, y.view(np.uint16))
+    moved = moved.view(y.dtype)
+    expected = cumoe.moe_unpermute(on(xp, y), None, on(xp, inv))
+    assert back(cumoe.moe_unpermute(moved, None, on(xp, inv))).tobytes() == back(expected).tobytes()
+    total = cumoe.moe_sum(on(xp, y).reshape(2, 3, 64))
+    assert back(cumoe.moe_sum(moved.reshape(2, 3, 64))).tobytes() == back(total).tobytes()
+    target = xp.zeros(2 * 64 + offset, np.uint16)[offset:].reshape(2, 64).view(y.dtype)
+    assert cumoe.moe_unpermute(on(xp, y), None, on(xp, inv), out=target) is target
+    assert back(target).tobytes() == back(expected).tobytes()
+
+
 def test_choices_are_added_in_order(xp):
     """1 + 2**-24 + 2**-24: ascending order loses both, any other order may keep them."""
     x = np.array([1, 2.0**-24, 2.0**-24], np.float32).reshape(1, 3, 1)
