@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "tbb", "safetensors", "cupy", "torch", "transformers")
+_PACKAGES = (
+    *("numpy", "numba", "llvmlite", "ml_dtypes", "tbb", "safetensors"),
+    *("cupy", "numba-cuda", "cuda-core", "cuda-bindings", "torch", "transformers"),
+)
 _CUPY_WHEELS = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 # Instruction sets that decide about a kernel somewhere in this field; LLVM's names.
@@ -21,7 +24,7 @@ _FEATURES = (
 
 def gather() -> dict[str, dict[str, str]]:
     """Collect everything, by section."""
-    return {"versions": versions(), "cpu": cpu(), "kernels": kernels(), "gpu": gpus()}
+    return {"versions": versions(), "cpu": cpu(), "kernels": kernels(), "gpu": gpus() | gpu_compiler()}
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +72,7 @@ def kernels() -> dict[str, str]:
 
 
 def gpus() -> dict[str, str]:
-    """CUDA devices that CuPy sees, or why there is none."""
+    """CUDA devices that CuPy sees and the kernel of each dtype there, or why there is none."""
     if importlib.util.find_spec("cupy") is None:
         return {"CUDA": "CuPy is not installed (pip install 'cumoe[cuda13]')"}
     try:
@@ -86,7 +89,42 @@ def gpus() -> dict[str, str]:
             )
     except Exception as error:  # CuPy raises its own kinds, and ImportError when a CUDA library is missing
         return {"CUDA": f"none: {str(error).splitlines()[0]}"}
+    if version := driver_version():
+        found["driver"] = version
+    return found | gpu_kernels()
+
+
+def driver_version() -> str:
+    """Version of the GPU's driver, "" where nvidia-ml-py is not installed or has nothing to say."""
+    from cumoe.bench.gpu_clocks import Watch
+
+    return Watch().driver_version()
+
+
+def gpu_kernels() -> dict[str, str]:
+    """The kernel of the products that each dtype uses on the current device."""
+    import cumoe
+
+    found = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        try:
+            found[f"kernel {dtype}"] = cumoe.plan(1, 64, 64, 2, 1, dtype=dtype, device="cuda").kernel
+        except (NotImplementedError, ValueError) as error:
+            found[f"kernel {dtype}"] = f"none: {error}"
     return found
+
+
+def gpu_compiler() -> dict[str, str]:
+    """What compiles the GPU kernels here, and where they are kept."""
+    from cumoe.rawkernels import _cache, _compile
+
+    folder = _cache.folder()
+    kept = list(folder.glob("*.cubin")) if folder else []
+    size = sum(path.stat().st_size for path in kept) / 1e6
+    return {
+        "compiler": _compile.nvrtc_version() or "none (pip install 'cumoe[compile]')",
+        "kernel cache": f"{folder}: {len(kept)} kernels, {size:.1f} MB" if folder else "in memory only",
+    }
 
 
 def cpu_model() -> str:

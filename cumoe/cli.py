@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from cumoe import _demo, _version
-    from cumoe.bench import cpu, shapes
+    from cumoe.bench import options as bench_options
+    from cumoe.bench import shapes
 
     parser = argparse.ArgumentParser(prog="cumoe", description="The Mixture-of-Experts layer as array functions.")
     parser.add_argument("--version", action="version", version=f"cumoe {_version.__version__}")
@@ -33,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="draw a layer of a real size, run it, check it, print its table")
     demo.add_argument("--shape", choices=shapes.SHAPES, default=_demo.SHAPE, help="default: %(default)s")
-    demo.add_argument("--tokens", type=_positive, default=_demo.TOKENS, metavar="T", help="default: %(default)s")
+    demo.add_argument(
+        "--tokens", type=bench_options.positive, default=_demo.TOKENS, metavar="T", help="default: %(default)s"
+    )
     demo.add_argument("--dtype", choices=shapes.DTYPES, default="bfloat16", help="default: %(default)s")
     demo.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: a GPU if there is one")
     demo.add_argument("--seed", type=int, default=0, help="of weights and tokens; default: %(default)s")
@@ -64,56 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--output", type=Path, metavar="DIR", help="a folder to carry, for CUPY_CACHE_DIR; default: CuPy's cache"
     )
-    build.add_argument("--jobs", type=_positive, metavar="N", help="processes; default: one a CPU")
+    build.add_argument("--jobs", type=bench_options.positive, metavar="N", help="processes; default: one a CPU")
     build.set_defaults(command=_run_compile)
 
     bench = commands.add_parser("bench", help="measure, print ratios, write a CSV")
-    bench.add_argument("--suite", choices=("cpu",), default="cpu", help="default: %(default)s")
-    bench.add_argument(
-        "--shapes",
-        nargs="+",
-        choices=shapes.SHAPES,
-        default=cpu.SHAPES,
-        metavar="NAME",
-        help=f"of {', '.join(shapes.SHAPES)}; default: {' '.join(cpu.SHAPES)}",
-    )
-    bench.add_argument(
-        "--tokens",
-        nargs="+",
-        type=_positive,
-        default=cpu.TOKENS,
-        metavar="T",
-        help=f"default: {' '.join(map(str, cpu.TOKENS))}",
-    )
-    bench.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=shapes.DTYPES,
-        default=cpu.DTYPES,
-        metavar="DTYPE",
-        help=f"of {', '.join(shapes.DTYPES)}; default: {' '.join(cpu.DTYPES)}",
-    )
-    bench.add_argument(
-        "--routings",
-        nargs="+",
-        choices=shapes.ROUTINGS,
-        default=("uniform",),
-        metavar="KIND",
-        help=f"of {', '.join(shapes.ROUTINGS)}; default: uniform",
-    )
-    bench.add_argument(
-        "--seconds", type=float, default=4.0, help="timing of one case, all methods; default: %(default)s"
-    )
-    bench.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results")
+    bench_options.add_arguments(bench)
     bench.set_defaults(command=_run_bench)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
-    return number
 
 
 def _architecture(text: str) -> str:
@@ -161,22 +121,9 @@ def _run_compile(options: argparse.Namespace) -> int:
 
 
 def _run_bench(options: argparse.Namespace) -> int:
-    from cumoe.bench import cpu
+    from cumoe.bench import options as bench_options
 
-    try:
-        cpu.run(
-            _console(),
-            options.shapes,
-            options.tokens,
-            options.dtypes,
-            options.routings,
-            budget_s=options.seconds,
-            output=options.output,
-        )
-    except cpu.WrongResultError as error:
-        print(f"cumoe bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return bench_options.run(_console(), options)
 
 
 def _run_layer(options: argparse.Namespace) -> int:

@@ -54,13 +54,14 @@ def run(
     budget_s: float = 4.0,
     output: Path | None = None,
     seed: int = 0,
+    commit: str = "",
 ) -> Path:
     """
     Run the suite, print its ratios, and write a CSV into the folder `output`; its path is returned.
 
     The file is written again after each shape, dtype and routing, so that a run cut short leaves what it has.
     """
-    facts = results.header("cpu")
+    facts = results.header("cpu", commit)
     path = results.default_path(output or Path("benchmarks") / "results", facts)
     rows: list[results.Row] = []
     for shape_name in shape_names:

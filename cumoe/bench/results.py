@@ -15,26 +15,31 @@ from typing import Any, TextIO
 Row = dict[str, Any]
 
 
-def header(suite: str) -> dict[str, str]:
-    """Facts that a reader needs beside the numbers."""
+def header(suite: str, commit: str = "") -> dict[str, str]:
+    """Facts that a reader needs beside the numbers; `commit` is for copies that are no checkout."""
     from cumoe import _info
 
     facts = {
         "suite": suite,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _info.git_commit() or "not a checkout",
+        "commit": _info.git_commit() or commit or "not a checkout",
         "command": shlex.join(["cumoe", *sys.argv[1:]]),
     }
-    cpu, kernels = _info.cpu(), _info.kernels()
-    cpu.pop("memory available")
-    facts |= {"cpu " + name: value for name, value in cpu.items()}
-    facts |= {"kernel " + dtype: names.partition(" ")[0] for dtype, names in kernels.items()}
+    if suite == "gpu":
+        facts |= {"gpu " + name: value for name, value in _info.gpus().items()}
+        facts["cpu model"] = _info.cpu_model()
+    else:
+        cpu, kernels = _info.cpu(), _info.kernels()
+        cpu.pop("memory available")
+        facts |= {"cpu " + name: value for name, value in cpu.items()}
+        facts |= {"kernel " + dtype: names.partition(" ")[0] for dtype, names in kernels.items()}
     return facts | {"version " + name: value for name, value in _info.versions().items()}
 
 
 def default_path(folder: Path, facts: Mapping[str, str]) -> Path:
-    """`folder`/suite-processor-date.csv."""
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu model"].lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+    """`folder`/suite-device-date.csv."""
+    device = facts["gpu device 0"].partition(",")[0] if facts["suite"] == "gpu" else facts["cpu model"]
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     return folder / f"{facts['suite']}-{slug}-{re.sub(r'[-:]', '', facts['date'])}.csv"
 
 

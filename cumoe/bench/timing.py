@@ -31,6 +31,11 @@ class Timing:
         return statistics.median(self.samples_us)
 
     @property
+    def best_us(self) -> float:
+        """The fastest call."""
+        return min(self.samples_us)
+
+    @property
     def spread(self) -> float:
         """Distance between the quartiles, as a fraction of the median."""
         if len(self.samples_us) < 4:
