@@ -46,9 +46,12 @@ struct Fragments {
 
 // The part of a tile that a warp multiplies.
 struct Warp {
+    using Sums = float[M_STEPS][N_STEPS][4];
+
     int row, column; // first ones, in the tile
     uint32 a_at, b_at, a_turn, b_turn;
     float factor[M_STEPS][2]; // if SCALED, of the rows of this lane's fragments
+    Fragments f[2];           // one is multiplied while the other is loaded
 
     __device__ __forceinline__ Warp(const Problem& p, const Tile& tile)
     {
@@ -64,38 +67,54 @@ struct Warp {
             for (int i = 0; i < M_STEPS * 2; ++i)
                 factor[i / 2][i % 2] = scale_at(p, p.input_scale, tile, row + i * 8 + lane / 4);
     }
-    __device__ __forceinline__ void load(Fragments& f, uint32 stage, int step) const
+    __device__ __forceinline__ void begin(uint32 stage) { load(0, stage, 0); }
+    // All steps of a stage but the last, whose fragments end up loaded: the stage may be filled anew.
+    __device__ __forceinline__ void multiply(Sums& sums, uint32 stage)
     {
 #pragma unroll
+        for (int step = 0; step < K_STEPS - 1; ++step) {
+            load((step + 1) % 2, stage, step + 1);
+            multiply_step(sums, step % 2);
+        }
+    }
+    __device__ __forceinline__ void end(Sums& sums, uint32 next_stage)
+    {
+        load(0, next_stage, 0);
+        multiply_step(sums, (K_STEPS - 1) % 2);
+    }
+    __device__ __forceinline__ void load(int which, uint32 stage, int step)
+    {
+        Fragments& to = f[which];
+#pragma unroll
         for (int m = 0; m < M_STEPS; ++m)
-            load_matrices(f.a[m][0], f.a[m][1], f.a[m][2], f.a[m][3],
+            load_matrices(to.a[m][0], to.a[m][1], to.a[m][2], to.a[m][3],
                           stage + a_at + (a_turn ^ step << 5) + m * 16 * TILE_PITCH);
 #pragma unroll
         for (int n = 0; n < N_STEPS; n += 2)
-            load_matrices(f.b[n][0], f.b[n][1], f.b[n + 1][0], f.b[n + 1][1],
+            load_matrices(to.b[n][0], to.b[n][1], to.b[n + 1][0], to.b[n + 1][1],
                           stage + b_at + (b_turn ^ step << 5) + n * 8 * TILE_PITCH);
     }
-    __device__ __forceinline__ void multiply(float (&sums)[M_STEPS][N_STEPS][4], Fragments& f) const
+    __device__ __forceinline__ void multiply_step(Sums& sums, int which)
     {
+        Fragments& of = f[which];
 #pragma unroll
         for (int m = 0; m < M_STEPS; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (SCALED) f.a[m][i] = Fragment<X>::scaled(f.a[m][i], factor[m][i % 2]);
-                f.a[m][i] = Fragment<X>::ready(f.a[m][i]);
+                if (SCALED) of.a[m][i] = Fragment<X>::scaled(of.a[m][i], factor[m][i % 2]);
+                of.a[m][i] = Fragment<X>::ready(of.a[m][i]);
             }
 #pragma unroll
         for (int n = 0; n < N_STEPS; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) f.b[n][i] = Fragment<X>::ready(f.b[n][i]);
+            for (int i = 0; i < 2; ++i) of.b[n][i] = Fragment<X>::ready(of.b[n][i]);
 #pragma unroll
         for (int m = 0; m < M_STEPS; ++m)
 #pragma unroll
-            for (int n = 0; n < N_STEPS; ++n) Fragment<X>::multiply(sums[m][n], f.a[m], f.b[n]);
+            for (int n = 0; n < N_STEPS; ++n) Fragment<X>::multiply(sums[m][n], of.a[m], of.b[n]);
     }
     // Sums -> results, in rows of STAGED_PITCH elements.
-    __device__ __forceinline__ void finish(const Problem& p, const Tile& tile, const float (&sums)[M_STEPS][N_STEPS][4],
-                                           X* staged) const
+    __device__ __forceinline__ void finish(const Problem& p, const Tile& tile, const Sums& sums, X* staged) const
     {
         const int lane = threadIdx.x % 32, first = row + lane / 4;
         constexpr int GROUP = GATED ? 2 : 1; // 8-column products that make 8 outputs
@@ -128,72 +147,4 @@ struct Warp {
     }
 };
 
-extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
-    const int4* schedule, const uint8* x, const int* permuted_idx, const float* input_scale, const uint8* weights,
-    const float* bias, const float* output_scale, X* out, int64 x_stride, int64 expert_stride, int64 weight_stride,
-    int top_k, int interleaved, int K, int outputs, int parts, int column_blocks, int wide_stores, int ahead,
-    float alpha, float beta, float limit)
-{
-    const Problem p{schedule, permuted_idx, input_scale,   bias,          output_scale, x,           weights,
-                    out,      x_stride,     expert_stride, weight_stride, top_k,        interleaved, K,
-                    outputs,  parts,        column_blocks, wide_stores,   alpha,        beta,        limit};
-    extern __shared__ __align__(128) uint8 shared[];
-    const uint32 stages = shared_address(shared);
-    const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
-
-    // weights are nobody's output: where the schedule is older than the previous kernel, they need not wait for it
-    if (!ahead) wait_for_previous();
-    const Tile tile = find_tile(p);
-    WeightCopies weight_copies(p, tile);
-    if (tile.rows > 0)
-#pragma unroll
-        for (int s = 0; s < STAGES - 1; ++s)
-            if (s < k_blocks) weight_copies.copy(stages + s * STAGE, s * BLOCK_K);
-    if (ahead) wait_for_previous();
-    let_next_start();
-    if (tile.rows == 0) return;
-
-    RowCopies row_copies(p, tile);
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < k_blocks) row_copies.copy(stages + s * STAGE, s * BLOCK_K);
-        copies_commit();
-    }
-    const Warp warp(p, tile);
-    const bool works = warp.row < tile.rows && tile.column + (GATED ? warp.column / 2 : warp.column) < outputs;
-    float sums[M_STEPS][N_STEPS][4] = {};
-    Fragments f[2];
-    uint32 reads = stages, writes = stages + (STAGES - 1) * STAGE;
-    copies_wait<STAGES - 2>();
-    __syncthreads();
-    if (works) warp.load(f[0], reads, 0);
-
-    for (int k = 0; k < k_blocks; ++k) {
-        // everyone has taken what it needs of the stage that is filled now
-        if (k + STAGES - 1 < k_blocks) {
-            weight_copies.copy(writes, (k + STAGES - 1) * BLOCK_K);
-            row_copies.copy(writes, (k + STAGES - 1) * BLOCK_K);
-        }
-        copies_commit();
-        if (works)
-#pragma unroll
-            for (int step = 0; step < K_STEPS - 1; ++step) {
-                warp.load(f[(step + 1) % 2], reads, step + 1);
-                warp.multiply(sums, f[step % 2]);
-            }
-        writes = reads;
-        reads = reads + STAGE == stages + STAGES * STAGE ? stages : reads + STAGE;
-        copies_wait<STAGES - 2>();
-        __syncthreads();
-        if (works) {
-            warp.load(f[0], reads, 0); // behind the last stage: read, not used
-            warp.multiply(sums, f[(K_STEPS - 1) % 2]);
-        }
-    }
-
-    __syncthreads(); // the stages are free
-    X* staged = (X*)shared;
-    if (works) warp.finish(p, tile, sums, staged);
-    __syncthreads();
-    store_tile(p, tile, staged);
-}
+#include "grouped_gemm_loop.cuh"

@@ -1,4 +1,4 @@
-// grouped_gemm_tile.cuh: what the grouped products without wgmma share: which tile a CTA does, how operands come into
+// grouped_gemm_tile.cuh: what the grouped products other than wgmma share: which tile a CTA does, how operands come into
 // shared memory, how results leave. Included by grouped_gemm_mma.cu and grouped_gemm_fma.cu only.
 //
 // A stage holds 128 bytes of K of BLOCK_ROWS rows of activations, then of BLOCK_COLUMNS rows of weights, laid out as
@@ -75,9 +75,7 @@ __device__ __forceinline__ void copy_chunk(uint32 to, const uint8* from, int lef
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             if (i < left) words[i / 2] |= (uint32) * (const uint16*)(from + i * 2) << i % 2 * 16;
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                     "r"(words[3])
-                     : "memory");
+        store_words(to, words);
     }
 }
 

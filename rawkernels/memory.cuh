@@ -45,6 +45,23 @@ __device__ __forceinline__ void copies_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ __forceinline__ void store_words(uint32 to, const uint32 (&words)[4])
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_floats(uint32 from)
+{
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
 // Four 8 x 8 matrices of 16-bit elements (8 x 4 of 32 bits); lane l gives the address of row l % 8 of matrix l / 8
 // and receives, of each matrix, 32 bits of row l / 4.
 __device__ __forceinline__ void load_matrices(uint32& a, uint32& b, uint32& c, uint32& d, uint32 from)

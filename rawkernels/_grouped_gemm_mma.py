@@ -1,0 +1,215 @@
+"""Launcher of grouped_gemm_mma.cu and grouped_gemm_fma.cu: which tile serves which sizes, how operands are copied."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from cumoe.rawkernels import _load
+
+_FILES = {"mma": "grouped_gemm_mma.cu", "tf32": "grouped_gemm_mma.cu", "fma": "grouped_gemm_fma.cu"}
+_HEIGHTS = (16, 32, 64, 128)  # rows of a tile
+_PITCH = 128  # bytes of K in a stage, of each row; twin of TILE_PITCH
+_MOST_STAGES = 6
+_LARGEST_GRID = 2**31 - 1
+# shared memory of a multiprocessor in KiB, by compute capability; each CTA takes one KiB beside what it asks for
+_SHARED_KIB = {80: 164, 86: 100, 87: 164, 88: 100, 89: 100, 120: 100, 121: 100}
+_SHARED_KIB_ELSE = 228
+
+
+class Tile(NamedTuple):
+    """Shape of one compiled kernel."""
+
+    rows: int
+    columns: int  # rows of the weights
+    warps_m: int
+    warps_n: int
+    stages: int
+    ctas: int  # of a multiprocessor
+
+    @property
+    def threads(self):
+        """Threads of a CTA."""
+        return 32 * self.warps_m * self.warps_n
+
+    def shared_bytes(self, gated, itemsize):
+        """Shared memory of a CTA: the stages, and in the end the results."""
+        outputs = self.columns // 2 if gated else self.columns
+        return max(self.stages * _stage_bytes(self.rows, self.columns), self.rows * (outputs + 8) * itemsize)
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+    """Rows of a tile of the schedule for both products of a call."""
+    if num_pairs == 0:
+        return _HEIGHTS[0]
+    # of an expert that has any rows, if they fall evenly; two standard deviations more, so that one tile does for most
+    mean = num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts))
+    return next((height for height in _HEIGHTS if mean + 2 * math.sqrt(mean) <= height), _HEIGHTS[-1])
+
+
+def launch(
+    x,
+    permuted_idx,
+    top_k,
+    input_scale,
+    weights,
+    expert_first_token_offset,
+    bias,
+    output_scale,
+    activation,
+    interleaved,
+    alpha,
+    beta,
+    limit,
+    dtype,
+    kernel,
+    schedule,
+    block_rows,
+    out,
+    ahead=False,
+):
+    """
+    Run the product with `kernel` "mma", "fma" or "tf32"; the other arguments are those of `grouped_gemm`.
+
+    `block_rows` may be any height: tiles of the schedule are cut into parts. With `ahead`, the schedule is older
+    than the kernel that runs before this one.
+    """
+    rows, outputs = out.shape
+    num_experts, columns, k = weights.shape
+    if rows == 0:
+        return
+    gated = bool(activation) and not activation.endswith("_no_mul")
+    device = x.device.id
+    item = x.itemsize
+    height = _height(block_rows)
+    parts = -(-block_rows // height)
+    most_tiles = (min(rows, num_experts) + rows // block_rows) * parts
+    tile = choose(kernel, height, columns, most_tiles, _load.capability(device), _load.multiprocessors(device), item)
+    constants = _constants(
+        tile,
+        dtype,
+        activation,
+        gated,
+        input_scale.size > 0,
+        _copy_bytes(item, k, x.data.ptr, *_steps(x)),
+        _copy_bytes(item, k, weights.data.ptr, *_steps(weights)),
+    )
+    column_blocks = -(-columns // tile.columns)
+    grid = most_tiles * column_blocks
+    if grid > _LARGEST_GRID:
+        raise NotImplementedError(f"no kernel for {grid} tiles in one product; at most {_LARGEST_GRID}")
+    _load.kernel(_FILES[kernel], "grouped_gemm", **constants)(
+        grid,
+        tile.threads,
+        schedule,
+        x,
+        _given(permuted_idx),
+        _given(input_scale),
+        weights,
+        _given(bias),
+        _given(output_scale),
+        out,
+        x.strides[0],
+        weights.strides[0],
+        weights.strides[1],
+        top_k,
+        int(interleaved),
+        k,
+        outputs,
+        parts,
+        column_blocks,
+        int(out.data.ptr % 16 == 0 and outputs * item % 16 == 0),
+        int(ahead),
+        np.float32(alpha),
+        np.float32(beta),
+        np.float32(limit),
+        shared=tile.shared_bytes(gated, item),
+        overlap=True,
+    )
+
+
+def variants(arch):
+    """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
+    capability = int("".join(filter(str.isdigit, arch)))
+    for kernel, dtype in (("mma", "bfloat16"), ("mma", "float16"), ("fma", "float32"), ("tf32", "float32")):
+        item = 4 if dtype == "float32" else 2
+        tiles = [
+            choose(kernel, height, 4096, most, capability, 132, item) for height in _HEIGHTS for most in (1, 10**6)
+        ]
+        for tile in dict.fromkeys(tiles):
+            for activation in ("silu", ""):
+                yield (
+                    _FILES[kernel],
+                    "grouped_gemm",
+                    _constants(tile, dtype, activation, bool(activation), False, 16, 16),
+                )
+        # sizes and addresses that fit nothing; the weight of a choice on the input
+        for activation in ("silu", ""):
+            gated = bool(activation)
+            yield _FILES[kernel], "grouped_gemm", _constants(tiles[0], dtype, activation, gated, gated, item, item)
+            yield _FILES[kernel], "grouped_gemm", _constants(tiles[-1], dtype, activation, gated, gated, 8, 8)
+
+
+def choose(kernel, height, columns, most_tiles, capability, multiprocessors, itemsize):
+    """Tile of a product with `columns` rows of weights, for `most_tiles` tiles of that height."""
+    shared_kib = _SHARED_KIB.get(capability, _SHARED_KIB_ELSE)
+    plenty = shared_kib >= 164
+    if height == 128 and plenty and kernel == "mma" and most_tiles * (columns // 256) >= multiprocessors:
+        return _fitted(height, 256, (2, 4), 1, shared_kib)
+    narrow = height < 128 and most_tiles * -(-columns // 128) < multiprocessors
+    width = 64 if narrow else 128
+    if height < 128:
+        warps = (2, 2) if height == 64 and kernel != "fma" else (1, 4)
+        tile = _fitted(height, width, warps, 2, shared_kib)
+        return tile if tile.stages >= 3 else _fitted(height, width, warps, 1, shared_kib)
+    # two CTAs of large warp tiles, or one of twice as many warps
+    tile = _fitted(height, width, (2, 2), 2, shared_kib)
+    return tile if tile.stages >= 3 else _fitted(height, width, (2, 4), 1, shared_kib)
+
+
+def _fitted(rows, columns, warps, ctas, shared_kib):
+    """The tile with as many stages as fit."""
+    stages = ((shared_kib // ctas - 1) << 10) // _stage_bytes(rows, columns)
+    return Tile(rows, columns, *warps, min(_MOST_STAGES, stages), ctas)
+
+
+def _stage_bytes(rows, columns):
+    return (rows + columns) * _PITCH
+
+
+def _height(block_rows):
+    return next((height for height in _HEIGHTS if height >= block_rows), _HEIGHTS[-1])
+
+
+def _constants(tile, dtype, activation, gated, scaled, copy_x, copy_w):
+    """Macros of a kernel."""
+    return {
+        "X": dtype,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages,
+        "MIN_CTAS": tile.ctas,
+        "COPY_X": copy_x,
+        "COPY_W": copy_w,
+        "GATED": int(gated),
+        "SCALED": int(scaled),
+        "ACTIVATION": activation or "identity_no_mul",
+    }
+
+
+def _steps(array):
+    """Distances in bytes between rows, where there is more than one."""
+    return (stride for stride, size in zip(array.strides[:-1], array.shape[:-1], strict=True) if size > 1)
+
+
+def _copy_bytes(itemsize, k, *addresses):
+    """Largest copy that divides every address and a row."""
+    together = math.gcd(k * itemsize, *addresses)
+    return next(size for size in (16, 8, 4, 2) if together % size == 0)
+
+
+def _given(array):
+    """A null pointer for an empty array."""
+    return array if array.size else None
