@@ -97,7 +97,7 @@ def calls_of_rooms(source):
         if isinstance(node, ast.Assign):
             pairs = [(node.targets[0], node.value)]
             if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                pairs = zip(node.targets[0].elts, node.value.elts, strict=True)
+                pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))  # a starred one takes several
             named |= {ast.unparse(target): room_of(value) for target, value in pairs if room_of(value)}
     for call in calls_of(tree):
         if isinstance(call.func, ast.Attribute):
