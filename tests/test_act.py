@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sides import back
 
 import cumoe
 from cumoe import _act
@@ -91,7 +92,7 @@ def test_equals_reference(xp, problem):
     out = cumoe.moe_activation(x, problem.name, **problem.chosen)
     assert isinstance(out, xp.ndarray)
     assert out.dtype == x.dtype
-    check(np.asarray(out), problem)
+    check(back(out), problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,15 +103,15 @@ def test_every_name_and_dtype_equals_reference(xp, name, dtype):
     rule = law.ACTIVATIONS[name]
     chosen = {parameter: 2.5 for parameter in rule.takes if getattr(rule, parameter) is None}
     problem = Problem(name, x, chosen)
-    check(np.asarray(cumoe.moe_activation(xp.asarray(x), name, **chosen)), problem)
+    check(back(cumoe.moe_activation(xp.asarray(x), name, **chosen)), problem)
 
 
 @given(problem=problems(special=()), seed=st.integers(0, 2**32))
-def test_bound_covers_inexact_inputs(problem, seed):
+def test_bound_covers_inexact_inputs(xp, problem, seed):
     random = np.random.default_rng(seed)
     x = problem.x.astype(np.float32)
     x = np.where(np.isfinite(x), x, np.float32(0))
-    out = cumoe.moe_activation(x, problem.name, **problem.chosen).astype(np.float64)
+    out = back(cumoe.moe_activation(xp.asarray(x), problem.name, **problem.chosen)).astype(np.float64)
     error = np.abs(x) * 10.0 ** random.uniform(-6, 0, x.shape) + random.choice([0.0, 1e-3, 1.0], x.shape)
     inexact = x + error * random.choice([-1.0, 1.0], x.shape) * random.choice([1.0, 0.5], x.shape)
     (g, u), (e_g, e_u) = law.split(inexact, problem.name), law.split(error * (1 + 1e-12), problem.name)
@@ -123,11 +124,11 @@ def test_bound_covers_inexact_inputs(problem, seed):
 
 
 @given(problem=problems())
-def test_small_floats_are_rounded_once(problem):
-    wide = cumoe.moe_activation(problem.x.astype(np.float32), problem.name, **problem.chosen)
+def test_small_floats_are_rounded_once(xp, problem):
+    wide = back(cumoe.moe_activation(xp.asarray(problem.x.astype(np.float32)), problem.name, **problem.chosen))
     with np.errstate(over="ignore", invalid="ignore"):
         expected = wide.astype(problem.x.dtype)
-    out = cumoe.moe_activation(problem.x, problem.name, **problem.chosen)
+    out = back(cumoe.moe_activation(xp.asarray(problem.x), problem.name, **problem.chosen))
     assert np.array_equal(np.isnan(out), np.isnan(expected))
     assert out[~np.isnan(out)].tobytes() == expected[~np.isnan(out)].tobytes()
 
@@ -139,7 +140,7 @@ def test_interleaved_equals_halves(xp, problem):
     out = cumoe.moe_activation(xp.asarray(problem.x), "swigluoai", **problem.chosen)
     same = cumoe.moe_activation(xp.asarray(halves), "swigluoai_uninterleave", **{**problem.chosen, "limit": limit})
     # NumPy's comparison takes two bfloat16 NaNs for different
-    np.testing.assert_array_equal(np.asarray(out).astype(np.float32), np.asarray(same).astype(np.float32))
+    np.testing.assert_array_equal(back(out).astype(np.float32), back(same).astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_interleaved_equals_halves(xp, problem):
 )
 def test_aliases(xp, alias, name):
     x = xp.asarray(np.random.default_rng(0).standard_normal((4, 20), np.float32))
-    np.testing.assert_array_equal(np.asarray(cumoe.moe_activation(x, alias)), np.asarray(cumoe.moe_activation(x, name)))
+    np.testing.assert_array_equal(back(cumoe.moe_activation(x, alias)), back(cumoe.moe_activation(x, name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,11 +162,11 @@ def test_bits_do_not_depend_on_rows_and_threads(xp, name):
     random = np.random.default_rng(9)
     x = (random.standard_normal((300, 404)) * 4).astype(np.float32)  # enough for all threads
     chosen = {"beta": 4.0} if name == "situ" else {"limit": 3.0} if name == "swigluoai_uninterleave" else {}
-    out = np.asarray(cumoe.moe_activation(xp.asarray(x), name, **chosen))
+    out = back(cumoe.moe_activation(xp.asarray(x), name, **chosen))
     for r in (0, 17, 299):
-        alone = np.asarray(cumoe.moe_activation(xp.asarray(x[r]), name, **chosen))
+        alone = back(cumoe.moe_activation(xp.asarray(x[r]), name, **chosen))
         assert alone.tobytes() == out[r].tobytes()
-    again = np.asarray(cumoe.moe_activation(xp.asarray(x), name, **chosen))
+    again = back(cumoe.moe_activation(xp.asarray(x), name, **chosen))
     assert again.tobytes() == out.tobytes()
 
 
@@ -178,7 +179,7 @@ def test_nan_stays_nan(xp, name, dtype):
     for column in range(2):
         y = x.copy()
         y[:, column] = np.nan
-        out = np.asarray(cumoe.moe_activation(xp.asarray(y), name, **chosen))
+        out = back(cumoe.moe_activation(xp.asarray(y), name, **chosen))
         assert np.isnan(out if law.is_gated(name) else out[:, column]).all()
         assert law.is_gated(name) or np.isfinite(out[:, 1 - column]).all()
 
@@ -189,7 +190,7 @@ def test_clamps_at_their_borders(xp, name):
     beyond = [limit, np.nextafter(limit, np.float32(np.inf)), np.float32(1e30), np.float32(np.inf)]
 
     def apply(g, u):
-        return np.asarray(cumoe.moe_activation(xp.asarray(np.array([g, u], np.float32)), name, limit=7.0))[0]
+        return back(cumoe.moe_activation(xp.asarray(np.array([g, u], np.float32)), name, limit=7.0))[0]
 
     for u in beyond:  # the up is cut at the limit, from both sides
         assert apply(2.0, u) == apply(2.0, limit)
@@ -206,11 +207,11 @@ def test_clamps_at_their_borders(xp, name):
 
 def test_infinite_limit_is_no_clamp(xp):
     x = xp.asarray(np.random.default_rng(0).standard_normal((4, 20), np.float32) * 100)
-    plain = np.asarray(cumoe.silu_and_mul(x))
-    np.testing.assert_array_equal(np.asarray(cumoe.silu_and_mul(x, limit=math.inf)), plain)
-    np.testing.assert_array_equal(np.asarray(cumoe.moe_activation(x, "silu", limit=3.4e38)), plain)
-    soft = np.asarray(cumoe.situ_and_mul(x, beta=4.0, linear_beta=1e6))
-    np.testing.assert_allclose(np.asarray(cumoe.situ_and_mul(x, beta=4.0)), soft, rtol=1e-5)
+    plain = back(cumoe.silu_and_mul(x))
+    np.testing.assert_array_equal(back(cumoe.silu_and_mul(x, limit=math.inf)), plain)
+    np.testing.assert_array_equal(back(cumoe.moe_activation(x, "silu", limit=3.4e38)), plain)
+    soft = back(cumoe.situ_and_mul(x, beta=4.0, linear_beta=1e6))
+    np.testing.assert_allclose(back(cumoe.situ_and_mul(x, beta=4.0)), soft, rtol=1e-5)
 
 
 def test_infinities(xp):
@@ -232,30 +233,52 @@ def test_infinities(xp):
 # -- arrays of every kind ---------------------------------------------------------------------------
 
 
-def strided(x):
-    """The same numbers in five layouts."""
-    wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1] + 3), x.dtype)
-    wide[..., 1:-2:2] = x
-    locked = x.copy()
-    locked.flags.writeable = False
-    return {
+def strided(xp, x):
+    """The same numbers in several layouts."""
+    bits = xp.asarray(x.view(f"u{x.itemsize}"))
+    wide = xp.zeros((*x.shape[:-1], 2 * x.shape[-1] + 3), bits.dtype)
+    wide[..., 1:-2:2] = bits
+    layouts = {
         "sliced": wide[..., 1:-2:2],
-        "reversed": x[::-1, ::-1].copy()[::-1, ::-1],
-        "transposed": x.T.copy().T,
-        "read-only": locked,
-        "fortran": np.asfortranarray(x),
+        "reversed": bits[::-1, ::-1].copy()[::-1, ::-1],
+        "transposed": bits.T.copy().T,
+        "fortran": xp.asfortranarray(bits),
     }
+    layouts = {name: layout.view(x.dtype) for name, layout in layouts.items()}
+    if xp is np:
+        layouts["read-only"] = x.copy()
+        layouts["read-only"].flags.writeable = False
+    return layouts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_and_untouched_inputs(xp, dtype):
     x = np.random.default_rng(0).standard_normal((6, 10)).astype(dtype)
     for name in ("silu", "swigluoai", "relu2_no_mul"):
-        expected = np.asarray(cumoe.moe_activation(xp.asarray(x), name))
-        for layout, y in strided(x).items():
-            out = cumoe.moe_activation(y if xp is np else xp.asarray(y), name)
-            np.testing.assert_array_equal(np.asarray(out), expected, err_msg=layout)
-            assert np.array_equal(y, x), layout
+        expected = back(cumoe.moe_activation(xp.asarray(x), name))
+        for layout, y in strided(xp, x).items():
+            out = cumoe.moe_activation(y, name)
+            np.testing.assert_array_equal(back(out), expected, err_msg=layout)
+            assert np.array_equal(back(y), x), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["silu", "swigluoai", "gelu_no_mul"])
+def test_every_size_of_a_piece(xp, name, dtype):
+    """Kernels move 16, 8, 4 or 2 bytes at a time, as sizes and addresses allow."""
+    x = np.random.default_rng(0).standard_normal((7, 96)).astype(dtype)
+    for width in (48, 46, 45, 44, 40, 1):
+        for start in (0, 1, 2, 4):
+            rows = np.ascontiguousarray(x[:, : width * (1 + law.is_gated(name))])
+            buffer = xp.asarray(np.concatenate([np.zeros(start, dtype), rows.ravel()]))
+            target = xp.asarray(np.zeros(start + 7 * width, dtype))
+            out = cumoe.moe_activation(
+                buffer[start:].reshape(rows.shape),
+                name,
+                out=target[start:].reshape(7, width),
+            )
+            check(back(out), Problem(name, rows, {}))
+            assert not back(target)[:start].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -270,11 +293,11 @@ def test_out_is_written_and_returned(xp):
     x = xp.asarray(np.random.default_rng(0).standard_normal((6, 10), np.float32))
     out = xp.full((6, 5), np.nan, np.float32)
     assert cumoe.silu_and_mul(x, out=out) is out
-    np.testing.assert_array_equal(np.asarray(out), np.asarray(cumoe.silu_and_mul(x)))
+    np.testing.assert_array_equal(back(out), back(cumoe.silu_and_mul(x)))
     part = xp.zeros((8, 5), np.float32)
     cumoe.silu_and_mul(x, out=part[1:7])
-    np.testing.assert_array_equal(np.asarray(part[1:7]), np.asarray(out))
-    assert not np.asarray(part[[0, 7]]).any()
+    np.testing.assert_array_equal(back(part[1:7]), back(out))
+    assert not back(part[[0, 7]]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -309,8 +332,8 @@ def test_torch_tensors(dtype):
 )
 def test_functions_by_name(xp, function, name, chosen):
     x = xp.asarray(np.random.default_rng(0).standard_normal((3, 8), np.float32))
-    out = np.asarray(function(x, **chosen))
-    np.testing.assert_array_equal(out, np.asarray(cumoe.moe_activation(x, name, **chosen)))
+    out = back(function(x, **chosen))
+    np.testing.assert_array_equal(out, back(cumoe.moe_activation(x, name, **chosen)))
     given_out = xp.empty(out.shape, np.float32)
     assert function(x, **chosen, out=given_out) is given_out
 
@@ -320,7 +343,7 @@ def test_situ_by_name(xp):
     for linear_beta in (None, 25.0):
         expected = cumoe.moe_activation(x, "situ", beta=4.0, limit=linear_beta)
         out = cumoe.situ_and_mul(x, beta=4.0, linear_beta=linear_beta)
-        np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+        np.testing.assert_array_equal(back(out), back(expected))
 
 
 # -- the loops --------------------------------------------------------------------------------------
