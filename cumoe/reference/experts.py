@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cumoe.reference import act
-from cumoe.reference.rounding import FLUSH, SUM_UNIT, gamma, rounded
+from cumoe.reference.rounding import FLUSH, SUM_UNIT, gamma, largest, rounded
 
 
 class Bounded(NamedTuple):
@@ -44,8 +44,13 @@ def fused_experts(
     w2_bias: np.ndarray | None = None,
     apply_router_weight_on_input: bool | str = False,
     expert_map: np.ndarray | None = None,
+    operand_unit: float = 0.0,
 ) -> Bounded:
-    """The formula of this file for every row of `hidden_states`, (T, H) float64 both."""
+    """
+    The formula of this file for every row of `hidden_states`, (T, H) float64 both.
+
+    With `operand_unit` (`rounding.TF32_UNIT`), a product may round both of its operands once more.
+    """
     num_tokens, hidden_size = hidden_states.shape
     dtype = hidden_states.dtype
     x = hidden_states.astype(np.float64, order="C")
@@ -61,13 +66,13 @@ def fused_experts(
         if apply_router_weight_on_input in (True, "hidden_states"):
             value = first.value * weight
             first = Bounded(value, rounded(value, SUM_UNIT * np.abs(value), dtype))
-        h = linear(first, w1[e], None if w1_bias is None else w1_bias[e])
+        h = linear(first, w1[e], None if w1_bias is None else w1_bias[e], operand_unit)
         if apply_router_weight_on_input == "accumulator":
             h = scaled(h, weight)
         h = Bounded(h.value, rounded(h.value, h.error, dtype))
         a = activated(h, activation, alpha, beta, limit)
         a = Bounded(a.value, rounded(a.value, a.error, dtype))
-        y = linear(a, w2[e], None if w2_bias is None else w2_bias[e])
+        y = linear(a, w2[e], None if w2_bias is None else w2_bias[e], operand_unit)
         if not apply_router_weight_on_input:
             y = scaled(y, weight)
         np.add.at(out, tokens, y.value)
@@ -78,17 +83,22 @@ def fused_experts(
         return Bounded(out, unknown_is_infinite(rounded(out, error, dtype)))
 
 
-def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None) -> Bounded:
-    """``x @ weights.T + bias`` summed in float32."""
+def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None, operand_unit: float = 0.0) -> Bounded:
+    """``x @ weights.T + bias`` summed in float32, of operands that are off by up to `operand_unit` of themselves."""
     w = weights.astype(np.float64, order="C")
     b = np.zeros(len(w)) if bias is None else np.asarray(bias).astype(np.float64)
-    terms, absolute = w.shape[1] + 2, np.abs(w)
+    terms, absolute, grown = w.shape[1] + 2, np.abs(w), 1 + operand_unit
     with np.errstate(invalid="ignore", over="ignore"):
-        magnitude = np.abs(x.value) + x.error
-        size = times(magnitude, absolute) + np.abs(b)
+        # x' (1 + d) w (1 + d') with |x' - x| <= e and |d|, |d'| <= u is off from x w by at most
+        # |w| (e (1 + u)**2 + |x| ((1 + u)**2 - 1))
+        off = x.error * grown**2 + np.abs(x.value) * (grown**2 - 1)
+        magnitude, heavy = (np.abs(x.value) + x.error) * grown, absolute * grown
+        if operand_unit:
+            magnitude, heavy = (np.where(one > largest(np.dtype("f4")), np.inf, one) for one in (magnitude, heavy))
+        size = times(magnitude, heavy) + np.abs(b)
         # subnormal operands and products may count as zero
-        flushed = FLUSH * (magnitude.sum(axis=1)[:, None] + absolute.sum(axis=1) + 2 * terms)
-        error = times(x.error, absolute) + gamma(terms) * size + flushed
+        flushed = FLUSH * (magnitude.sum(axis=1)[:, None] + heavy.sum(axis=1) + 2 * terms)
+        error = times(off, absolute) + gamma(terms) * size + flushed
         return Bounded(times(x.value, w) + b, unknown_is_infinite(error))
 
 

@@ -11,6 +11,9 @@ import numpy as np
 # truncate aligned addends instead, which costs up to one ulp an addition.
 SUM_UNIT = 2.0**-23
 
+# Largest relative error of rounding an operand to tf32: 10 bits of mantissa, to nearest.
+TF32_UNIT = 2.0**-11
+
 # Matrix units read and write float32 and bfloat16 subnormals as zero.
 FLUSH = 2.0**-126
 
