@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cumoe.bench import results
+from cumoe.bench import gpu_tables, results
 
 Item = TypeVar("Item")
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("cpu",)
+SUITES = ("cpu", "gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"no results of suite {suite} in {options.results}: its table stays as it is", file=sys.stderr)
             continue
         try:
+            table = cpu_table if suite == "cpu" else gpu_table
             text = replaced(text, suite, table(*results.read(newest), source=newest.name))
         except ValueError as error:
             print(f"{options.readme}: {error}", file=sys.stderr)
@@ -50,7 +51,7 @@ def replaced(text: str, suite: str, content: str) -> str:
     return f"{before}{first}\n{content}\n{last}{after}"
 
 
-def table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str:
+def cpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str:
     """Markdown of one result file: a table for each shape and routing, every row that was measured."""
     lines = [
         f"{facts['cpu model']}, {facts['cpu threads']}, {facts['date'][:10]}, commit {facts['commit']}. "
@@ -78,6 +79,86 @@ def table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str
             numbers = (f"{float(own['time_us']) / 1e3:.3f}", own["gflops"], own["gbs"], own["of_floor"], *ratios)
             lines.append(f"| {dtype} | {mode} | {tokens} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
+
+
+def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str:
+    """Markdown of one result file of the GPU suite: every case and contender, and the single operations."""
+    ceilings = [f"{name} {value}" for name, value in facts.items() if " ceiling " in name]
+    lines = [
+        f"{facts['gpu device 0']}, driver {facts.get('gpu driver', facts['gpu CUDA'])}, {facts['date'][:10]}, commit "
+        f"{facts['commit']}. cumoe {facts['version cumoe']}, CuPy {facts['version cupy']}, torch "
+        f"{facts['version torch']}. The whole expert computation from given weights and ids: {facts['protocol']}. "
+        '"Of floor" is by the recorded ceilings of this GPU (4.22 TB/s, 795 TFLOP/s), "same run" by those of the run '
+        f'({"; ".join(ceilings) or "not measured"}). "Under load": all methods in turn until the clock has settled, '
+        "with the fraction of the sustained ceilings. A ratio is the other method's time over cumoe's, so above 1 cumoe "
+        'is ahead; "recorded" is the best other method of `cumoe/bench/gpu_recorded.py`. '
+        f"File: `benchmarks/results/{source}`.",
+    ]
+    layers = [row for row in rows if row["kind"] == "layer"]
+    methods = [name for name in unique(row["method"] for row in layers) if name != "cumoe"]
+    for shape, dtype, routing in unique((row["shape"], row["dtype"], row["routing"]) for row in layers):
+        chosen = [row for row in layers if (row["shape"], row["dtype"], row["routing"]) == (shape, dtype, routing)]
+        one = chosen[0]
+        lines += [
+            "",
+            f"**{shape}** (E {one['E']}, k {one['k']}, H {one['H']}, I {one['I']}), {dtype}, {routing} routing",
+            "",
+            "| T | cumoe ms | best ms | TFLOP/s | TB/s | of floor | same run | under load ms | "
+            + " | ".join(["recorded", *methods])
+            + " |",
+            "|" + " ---: |" * (9 + len(methods)),
+        ]
+        for tokens in unique(row["T"] for row in chosen):
+            cells = {row["method"]: row for row in chosen if row["T"] == tokens}
+            lines.append(f"| {tokens} | " + " | ".join(_gpu_cells(cells, methods)) + " |")
+    lines += _operations([row for row in rows if row["kind"] == "operation"])
+    return "\n".join(lines)
+
+
+def _gpu_cells(cells: dict[str, dict[str, str]], methods: list[str]) -> Iterable[str]:
+    own = cells.get("cumoe")
+    if own is None:  # it failed, which is a loss to show
+        return ["failed", *[""] * (7 + len(methods))]
+    load = gpu_tables.milliseconds(own["sustained_us"])
+    return (
+        gpu_tables.milliseconds(own["time_us"]),
+        gpu_tables.milliseconds(own["best_us"]),
+        own["tflops"],
+        own["tbs"],
+        own["of_floor"],
+        own["of_floor_same_run"],
+        f"{load} ({own['of_floor_sustained']})" if own["of_floor_sustained"] else load,
+        _two_digits(own["peer_ratio"]),
+        *(_two_digits(cells[name]["ratio_to_cumoe"]) if name in cells else "" for name in methods),
+    )
+
+
+def _operations(rows: list[dict[str, str]]) -> list[str]:
+    """Microseconds of the single operations, and the recorded time of the other library."""
+    if not rows:
+        return []
+    tokens = unique(row["T"] for row in rows)
+    lines = [
+        "",
+        f"Single operations of {rows[0]['shape']}, us in a graph (ratio of the recorded time to it)",
+        "",
+        "| operation | recorded | " + " | ".join(f"T {count}" for count in tokens) + " |",
+        "| --- | --- |" + " ---: |" * len(tokens),
+    ]
+    for name in unique(row["method"] for row in rows):
+        cells = {row["T"]: row for row in rows if row["method"] == name}
+        texts = []
+        for count in tokens:
+            cell = cells.get(count)
+            ratio = f" ({_two_digits(cell['peer_ratio'])})" if cell and cell["peer_ratio"] else ""
+            texts.append(f"{float(cell['time_us']):.1f}{ratio}" if cell else "")
+        peers = unique(row["peer"] for row in cells.values() if row["peer"])
+        lines.append(f"| {name} | {', '.join(peers)} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _two_digits(ratio: str) -> str:
+    return f"{float(ratio):.2f}" if ratio else ""
 
 
 def unique(items: Iterable[Item]) -> list[Item]:

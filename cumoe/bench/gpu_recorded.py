@@ -35,6 +35,16 @@ _LAYER_MS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
+# shape -> T -> experts that the recorded routing hit, from the bytes that its fraction of the floor tells; where T is
+# larger every draw hits nearly all, where it is 1 every draw hits k
+_EXPERTS_HIT: dict[str, dict[int, int]] = {
+    "mixtral-8x7b": {8: 7, 64: 8},
+    "qwen3-30b-a3b": {8: 52, 64: 126},
+    "qwen3-next": {8: 76, 64: 358},
+    "dsv3-ep": {8: 27, 64: 32},
+    "dsv3-tp8": {8: 59, 64: 221},
+}
+
 OPERATION_TOKENS = (1, 64, 1024, 16384)
 
 # operation -> (what was timed, microseconds for each of OPERATION_TOKENS)
@@ -55,6 +65,11 @@ def best_layer(device: str, shape: str, dtype: str, num_tokens: int) -> tuple[st
     times = {name: 1e3 * values[TOKENS.index(num_tokens)] for name, values in _LAYER_MS[shape].items()}
     name = min(times, key=lambda one: times[one])
     return name, times[name]
+
+
+def experts_hit(shape: str, num_tokens: int) -> int | None:
+    """How many experts the routing of a recorded case hit, where that varies from draw to draw."""
+    return _EXPERTS_HIT.get(shape, {}).get(num_tokens)
 
 
 def operation(device: str, shape: str, name: str, num_tokens: int) -> tuple[str, float] | None:
