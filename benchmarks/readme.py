@@ -90,7 +90,7 @@ def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
         f"{facts['version torch']}. The whole expert computation from given weights and ids: {facts['protocol']}. "
         '"Of floor" is by the recorded ceilings of this GPU (4.22 TB/s, 795 TFLOP/s), "same run" by those of the run '
         f'({"; ".join(ceilings) or "not measured"}). "Under load": all methods in turn until the clock has settled, '
-        "with the fraction of the sustained ceilings. A ratio is the other method's time over cumoe's, so above 1 cumoe "
+        "with the fraction of the sustained ceilings. A ratio is the other method's time over cumoe's: above 1 cumoe "
         'is ahead; "recorded" is the best other method of `cumoe/bench/gpu_recorded.py`. '
         f"File: `benchmarks/results/{source}`.",
     ]

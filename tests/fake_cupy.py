@@ -52,10 +52,6 @@ class Stream:
 class Graph:
     """Knows when it was launched."""
 
-    def upload(self, stream):
-        """Note it."""
-        log.append(("upload", stream))
-
     def launch(self, stream):
         """Note it."""
         log.append(("launch", stream))

@@ -39,11 +39,11 @@ def expected(xp: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, t
     out, size, error = np.zeros(x.shape), np.zeros(x.shape), np.zeros(x.shape)
     for e in np.unique(topk_ids):
         rows, choices = np.nonzero(topk_ids == e)
-        h = _linear(xp, Bounded(x[rows], np.zeros((len(rows), x.shape[1]))), w1[e])
+        h = _linear(xp, Bounded(x[rows], np.zeros((len(rows), x.shape[1]))), w1[int(e)])
         h = Bounded(h.value, rounded(h.value, h.error, dtype))
         a = activated(h, "silu", None, None, None)
         a = Bounded(a.value, rounded(a.value, a.error, dtype))
-        y = scaled(_linear(xp, a, w2[e]), weights[rows, choices][:, None])
+        y = scaled(_linear(xp, a, w2[int(e)]), weights[rows, choices][:, None])
         np.add.at(out, rows, y.value)
         np.add.at(size, rows, np.abs(y.value))
         np.add.at(error, rows, rounded(y.value, y.error, dtype))

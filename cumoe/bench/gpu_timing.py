@@ -125,7 +125,6 @@ class _Graph:
 
     def __init__(self, graph: Any, stream: Any, kept: Any) -> None:
         self._graph, self._stream, self._kept = graph, stream, kept
-        graph.upload(stream)
 
     def __call__(self) -> None:
         self._graph.launch(self._stream)

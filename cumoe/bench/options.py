@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cumoe.bench import cpu, gpu, shapes
+from cumoe.bench.gpu_timing import REPEATS
 
 SUITES = ("cpu", "gpu")
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", default="", metavar="ID", help="what the file names, outside a checkout")
     only = parser.add_argument_group("for suite gpu only")
     only.add_argument(
-        "--repeats", type=positive, default=gpu.REPEATS, metavar="N", help="replays of a case; default: %(default)s"
+        "--repeats", type=positive, default=REPEATS, metavar="N", help="replays of a case; default: %(default)s"
     )
     only.add_argument(
         "--parts", nargs="+", choices=gpu.PARTS, default=gpu.PARTS, metavar="PART", help=f"of {', '.join(gpu.PARTS)}"
