@@ -14,13 +14,16 @@ _PARALLEL_PAIRS = 50_000  # below this, waking the threads costs more than it sa
 _PARALLEL_BYTES = 1 << 17
 
 
-def sort_by_expert(topk_ids, expert_map, expert_first_token_offset, permuted_idx, inv_permuted_idx):
+def sort_by_expert(
+    topk_ids, expert_map, expert_first_token_offset, permuted_idx, inv_permuted_idx, schedule=None, block_rows=0
+):
     """
     Fill the three outputs from `topk_ids` (T, k).
 
     `expert_map` (E,) int32 gives local experts, < 0 elsewhere; with length 0 every expert is local. An id
     outside 0..E-1 or mapped below 0 is skipped: its `inv_permuted_idx` is -1. `expert_first_token_offset`
-    is int64 (E_l + 1,); `permuted_idx` is int32 (T*k,), with T*k in every row that no pair fills.
+    is int64 (E_l + 1,); `permuted_idx` is int32 (T*k,), with T*k in every row that no pair fills. `schedule`
+    and `block_rows` are for the GPU side.
     """
     arrays = (
         topk_ids.reshape(-1),
@@ -33,6 +36,15 @@ def sort_by_expert(topk_ids, expert_map, expert_first_token_offset, permuted_idx
         _sort(*arrays)
     else:
         _sort_blocks(*arrays, numba.get_num_threads())
+
+
+def schedule_size(num_pairs, num_experts, block_rows):
+    """Elements of the `schedule` of `sort_by_expert`: none on the CPU."""
+    return 0
+
+
+def list_tiles(expert_first_token_offset, schedule, block_rows):
+    """Fill `schedule` from given offsets: nothing on the CPU."""
 
 
 @jit()
