@@ -95,9 +95,9 @@ struct Row {
     K keys[SORTED ? COUNT : 1]; // keys[0] is the greatest one that is left
     K* scratch;                 // SCRATCH keys of this warp
 
-    static __device__ __forceinline__ int element(int i)
+    static __device__ __forceinline__ int element(uint32 i)
     {
-        return (i / NEAR * 32 + (int)(threadIdx.x % 32)) * NEAR + i % NEAR;
+        return (i / NEAR * 32 + threadIdx.x % 32) * NEAR + i % NEAR;
     }
 
     __device__ __forceinline__ void fill(const K (&given)[COUNT])

@@ -45,7 +45,7 @@ constexpr int OWNERS = GROUPS > 16 ? 32 : GROUPS > 8 ? 16 : GROUPS > 4 ? 8 : GRO
 constexpr int PARTS = 32 / OWNERS; // lanes that share the work on one group
 
 // Where a warp keeps expert e: groups whose size is a multiple of 32 must not meet in one bank.
-__device__ __forceinline__ int place(int e) { return e + e / 32 * 4; }
+__device__ __forceinline__ uint32 place(uint32 e) { return e + e / 32 * 4; }
 constexpr int PLACES = NUM_EXPERTS + NUM_EXPERTS / 32 * 4 + 4;
 
 using Best = Row<uint64, VALUES, WIDTH>;
@@ -58,7 +58,10 @@ __device__ __forceinline__ uint32 best_groups(const float* choices, int topk_gro
     const int lane = threadIdx.x % 32, g = lane / PARTS, part = lane % PARTS;
     BestTwo two;
     if (g < GROUPS) {
-        for (int i = part; i < GROUP_SIZE; i += PARTS) two.add(choices[place(g * GROUP_SIZE + i)]);
+#pragma unroll 8
+        for (int first = 0; first < GROUP_SIZE; first += PARTS) {
+            if (first + part < GROUP_SIZE) two.add(choices[place(g * GROUP_SIZE + first + part)]);
+        }
     }
 #pragma unroll
     for (int offset = PARTS / 2; offset > 0; offset /= 2) two.merge(offset);
@@ -103,11 +106,9 @@ void grouped_topk(const X* router_logits, const float* bias, const uint8* is_pad
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
         const int e = Best::element(i);
-        choice[i] = -infinite();
-        if (e - i % WIDTH < NUM_EXPERTS) {
-            choice[i] = finite_choice<SCORING, BIASED>(x[i], top, total, bias, e);
-            if (GROUPS > 1) choices[place(e)] = choice[i];
-        }
+        const bool inside = e - i % WIDTH < NUM_EXPERTS; // neighbours all are or all are not
+        choice[i] = finite_choice<SCORING, BIASED>(x[i], top, total, bias, inside ? e : 0);
+        if (GROUPS > 1 && inside) choices[place(e - i % WIDTH) + i % WIDTH] = choice[i]; // side by side: one store
     }
     __syncwarp();
     const uint32 kept_groups = topk_group < GROUPS ? best_groups(choices, topk_group) : WARP;
@@ -115,9 +116,10 @@ void grouped_topk(const X* router_logits, const float* bias, const uint8* is_pad
     uint64 keys[VALUES];
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
-        const int e = Best::element(i);
+        const uint32 e = Best::element(i);
         const bool kept = kept_groups >> (e / GROUP_SIZE * PARTS) % 32 & 1;
-        keys[i] = e - i % WIDTH < NUM_EXPERTS ? KeyOf<uint64>::of(kept ? choice[i] : -infinite(), e) : 0;
+        const uint64 key = KeyOf<uint64>::of(kept ? choice[i] : -infinite(), e);
+        keys[i] = e - i % WIDTH < NUM_EXPERTS ? key : 0;
     }
     Best best;
     best.scratch = room + warp * ROOM;

@@ -116,8 +116,10 @@ void fused_topk(const X* router_logits, const float* bias, const int64* input_id
         Key keys[VALUES];
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
-            const int e = Best::element(i); // neighbours are all inside or all outside
-            keys[i] = e - i % WIDTH < num_experts ? KeyOf<Key>::of(choice_of(token, x[i], e, top, share), e) : 0;
+            const int e = Best::element(i);
+            const bool inside = e - i % WIDTH < num_experts; // neighbours all are or all are not
+            const Key key = KeyOf<Key>::of(choice_of(token, x[i], inside ? e : 0, top, share), e);
+            keys[i] = inside ? key : 0;
         }
         Best best;
         best.scratch = scratch + warp * Best::SCRATCH;
