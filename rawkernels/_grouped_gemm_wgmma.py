@@ -3,147 +3,181 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from cumoe.rawkernels import _load, _tensor_maps
 
 _BLOCK_K = 64
-_SHARED_BYTES = 227 << 10  # of one CTA
-_SM_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
-_MANY_TILES = 1500  # from here on, CTAs that stay cost less than one CTA a tile
+_CTA_BYTES = 227 << 10  # shared memory of one CTA
+_PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
+_MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
+_MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
 class Tile(NamedTuple):
-    """Constants of one compiled kernel."""
+    """Constants of one compiled kernel: weights on the 64-row side of the instruction, tokens on the other."""
 
     tokens: int  # rows of a tile of the schedule
-    swapped: bool  # weights on the 64-row side of the instruction, tokens on the other
-    m_blocks: int  # 64-row steps of a warpgroup
-    columns: int  # the other side
-    groups: int = 2  # warpgroups that multiply
-    ctas: int = 1  # of a multiprocessor
-    pingpong: bool = False
+    m_blocks: int  # 64 weight rows each, of a warpgroup
+    groups: int  # warpgroups that multiply
+    ctas: int  # of a multiprocessor
 
     @property
     def weights(self):
         """Weight rows of a tile."""
-        return 64 * self.m_blocks * self.groups if self.swapped and not self.pingpong else (
-            64 * self.m_blocks if self.swapped else self.columns
-        )
+        return 64 * self.m_blocks * self.groups
 
-    def constants(self, dtype, activation, gathered, biased=False, scaled=False, limited=False):
-        """Macros of the kernel."""
-        gated = bool(activation) and not activation.endswith("_no_mul")
-        small = self.ctas > 1
-        producer, consumer = (0, 0) if small else (56, 224) if gathered else (40, 232)
-        return {
-            "X": dtype,
-            "WGMMA_TYPE": '"bf16"' if dtype == "bfloat16" else '"f16"',
-            "ACTIVATED": int(bool(activation)),
-            "ACTIVATION": activation or "identity",
-            "GATED": int(gated),
-            "BIASED": int(biased),
-            "SCALED": int(scaled),
-            "LIMITED": int(limited),
-            "SWAPPED": int(self.swapped),
-            "GATHERED": int(gathered),
-            "PINGPONG": int(self.pingpong),
-            "M_BLOCKS": self.m_blocks,
-            "COLUMNS": self.columns,
-            "GROUPS": self.groups,
-            "MIN_CTAS": self.ctas,
-            "PRODUCER_REGISTERS": producer,
-            "CONSUMER_REGISTERS": consumer,
-        }
-
-    def staging_bytes(self, gated):
-        """Shared memory through which results leave; twin of STAGING in the kernel."""
-        if not self.swapped:
-            return self.groups * 2 * 8192
-        tokens = self.columns if self.columns < 64 else 32 if self.columns % 64 else 64
-        return self.groups * tokens * (32 if gated else 64) * self.m_blocks * 2
-
+    @property
     def stage_bytes(self):
-        """One buffer of the ring."""
-        rows = 64 * self.m_blocks * (1 if self.pingpong else self.groups)
-        return (rows + self.columns) * 2 * _BLOCK_K
+        """One buffer of the ring, with its two barriers."""
+        return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
+
+    def fixed_bytes(self, gated):
+        """Shared memory beside the ring: alignment, results on their way out, barriers of ping-pong, scales."""
+        at_a_time = self.tokens if self.tokens < 64 else next(n for n in (64, 32, 16) if self.tokens % n == 0)
+        outputs = (32 if gated else 64) * self.m_blocks
+        return 1024 + self.groups * (at_a_time * outputs * 2 + self.tokens * 4) + 16
+
+
+# Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
+# width that just covers the rows wins (benchmarks/NOTES.md).
+_TILES = {
+    tile.tokens: tile
+    for tile in (
+        Tile(8, 1, 1, 3),
+        Tile(16, 1, 2, 2),
+        Tile(32, 1, 2, 2),
+        *(Tile(tokens, 2, 2, 1) for tokens in (96, 112, 144, 160, 192)),
+    )
+}
 
 
 def mean_rows(num_pairs, num_experts):
-    """Rows of an expert that has any, under uniform routing."""
-    hit = num_experts * -math.expm1(-num_pairs / num_experts)
-    return num_pairs / hit if num_pairs else 0.0
+    """Rows of an expert that has any, if they fall evenly."""
+    return num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts)) if num_pairs else 0.0
 
 
-def choose(num_pairs, num_experts):
-    """Tiles of the first and the second product."""
+def block_rows(num_pairs, num_experts):
+    """Rows of a tile: the least that covers nearly every expert, or, beyond the largest, nearly every n-th part."""
     mean = mean_rows(num_pairs, num_experts)
-    most = mean + 3 * math.sqrt(mean)
-    if most <= 8 or num_pairs <= 8:
-        tile = Tile(8, True, 1, 8, groups=1, ctas=3)
-        return tile, tile
-    if most <= 16:
-        tile = Tile(16, True, 1, 16, ctas=2)
-        return tile, tile
+    widths = sorted(_TILES)
+    most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
     if most <= 34:
-        tile = Tile(32, True, 1, 32, ctas=2)
-        return tile, tile
-    if mean <= 100:
-        tile = Tile(96, True, 2, 96)
-        return tile, tile
-    return Tile(128, True, 2, 128), Tile(128, True, 2, 128, pingpong=True)
-
-
-def refusal(x, weights, input_scale, out):
-    """Why these arrays need another kernel, or None."""
-    if input_scale.size:
-        return "the weight of a choice goes on the input"
-    if x.shape[1] % 8 or out.shape[1] % 8:
-        return f"H and I must be multiples of 8, got {x.shape[1]} and {out.shape[1]}"
-    addresses = x.data.ptr | weights.data.ptr | out.data.ptr | weights.strides[0] | weights.strides[1]
-    if addresses % 16 or weights.strides[2] != weights.itemsize:
-        return "rows must begin at multiples of 16 bytes"
-    return None
+        return next((width for width in widths if width >= most), 32)
+    most = mean + 2 * math.sqrt(mean)
+    parts = -(-most // widths[-1])
+    return next(width for width in widths if width * parts >= most and width > 32)
 
 
 def launch(
-    tile, x, permuted_idx, top_k, weights, bias, output_scale, activation, interleaved, alpha, beta, limit, dtype,
-    schedule, out,
+    x,
+    permuted_idx,
+    top_k,
+    weights,
+    bias,
+    output_scale,
+    activation,
+    interleaved,
+    alpha,
+    beta,
+    limit,
+    dtype,
+    schedule,
+    block_rows,
+    out,
+    ahead,
 ):
-    """Run the product with `tile`; the arguments are those of `grouped_gemm`."""
-    import cupy as cp
+    """
+    Run the product; the arguments are those of `grouped_gemm`.
 
-    gated = bool(activation) and not activation.endswith("_no_mul")
-    gathered = top_k > 0
+    With `ahead`, the schedule is older than the kernel that runs before this one: weights are loaded meanwhile.
+    """
     (num_experts, n, k), (rows, outputs) = weights.shape, out.shape
-    constants = tile.constants(
-        dtype, activation, gathered, bias.size > 0, output_scale.size > 0, bool(activation) and limit != math.inf
-    )
-    kernel = _load.kernel("grouped_gemm_wgmma.cu", "grouped_gemm", **constants)
+    if rows == 0:
+        return
+    tile = _TILES[block_rows]
+    gathered, limited = top_k > 0, bool(activation) and limit != math.inf
+    constants = _constants(tile, dtype, activation, gathered, bias.size > 0, output_scale.size > 0, limited)
+    gated = bool(constants["GATED"])
 
     blocks = -(-n // tile.weights)
     units = (min(rows, num_experts) + rows // tile.tokens) * blocks
     processors = _load.multiprocessors(x.device.id)
-    grid = units if tile.ctas > 1 and units <= _MANY_TILES else min(units, processors * tile.ctas)
-    k_blocks = -(-k // _BLOCK_K)
-    fixed = 1024 + tile.staging_bytes(gated) + 16 + tile.groups * tile.columns * 4
+    grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
     ctas = 1 if grid <= processors else tile.ctas
-    room = min(_SHARED_BYTES, _SM_BYTES // ctas - 1024) - fixed
-    stages = room // (tile.stage_bytes() + 16)
-    if grid == units:  # no further tile fills the ring
-        stages = max(2, min(stages, k_blocks))
-    shared = fixed + stages * (tile.stage_bytes() + 16)
-    item = weights.itemsize
-    map_w = _tensor_maps.weights_map(
-        weights.data.ptr, (num_experts, n, k), weights.strides[:2], gated, interleaved, tile.weights
+    ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - tile.fixed_bytes(gated)
+    stages = ring_bytes // tile.stage_bytes
+    if grid == units:  # no further unit will fill the ring
+        stages = min(stages, max(2, -(-k // _BLOCK_K)))
+    together = min(_MOST_TOGETHER, max(1, math.ceil(mean_rows(rows, num_experts) / tile.tokens)))
+    _load.kernel("grouped_gemm_wgmma.cu", "grouped_gemm", **constants)(
+        grid,
+        128 + 128 * tile.groups,
+        _tensor_maps.rows_map(x.data.ptr, *x.shape, tile.tokens),
+        _tensor_maps.weights_map(
+            weights.data.ptr, weights.shape, weights.strides[:2], gated, interleaved, tile.weights
+        ),
+        schedule,
+        permuted_idx if permuted_idx.size else None,
+        x,
+        bias if bias.size else None,
+        output_scale if output_scale.size else None,
+        out,
+        blocks,
+        k,
+        outputs,
+        int(interleaved),
+        top_k,
+        stages,
+        together,
+        int(ahead and not gathered),
+        np.float32(alpha),
+        np.float32(beta),
+        np.float32(limit),
+        shared=tile.fixed_bytes(gated) + stages * tile.stage_bytes,
+        overlap=True,
     )
-    map_x = _tensor_maps.rows_map(x.data.ptr, *x.shape, tile.tokens)
-    map_out = _tensor_maps.rows_map(out.data.ptr, rows, outputs, 64)
-    # the second product of a layer: its schedule was made before the kernel that runs before this one
-    ahead = not gathered and permuted_idx.size > 0
-    kernel(
-        grid, 128 + 128 * tile.groups,
-        map_x, map_w, map_out, schedule, permuted_idx if permuted_idx.size else None, x,
-        bias if bias.size else None, output_scale if output_scale.size else None, out,
-        blocks, k, outputs, int(interleaved), top_k, stages, int(ahead), cp.float32(alpha), cp.float32(beta),
-        cp.float32(limit),
-        shared=shared, overlap=True,
+
+
+def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, limited=False):
+    """Macros of the kernel."""
+    small = tile.ctas > 1  # these have registers enough without moving them
+    producer, consumer = (0, 0) if small else (56, 224) if gathered else (40, 232)
+    return {
+        "X": dtype,
+        "WGMMA_TYPE": '"bf16"' if dtype == "bfloat16" else '"f16"',
+        "ACTIVATED": int(bool(activation)),
+        "ACTIVATION": activation or "identity",
+        "GATED": int(bool(activation) and not activation.endswith("_no_mul")),
+        "BIASED": int(biased),
+        "SCALED": int(scaled),
+        "LIMITED": int(limited),
+        "GATHERED": int(gathered),
+        "M_BLOCKS": tile.m_blocks,
+        "COLUMNS": tile.tokens,
+        "GROUPS": tile.groups,
+        "MIN_CTAS": tile.ctas,
+        "PRODUCER_REGISTERS": producer,
+        "CONSUMER_REGISTERS": consumer,
+    }
+
+
+def explain(num_pairs, num_experts, hidden_size, intermediate_size):
+    """Lines that say which tile a call uses and why."""
+    tile = _TILES[block_rows(num_pairs, num_experts)]
+    mean = mean_rows(num_pairs, num_experts)
+    where = f"{tile.ctas} blocks a multiprocessor" if tile.ctas > 1 else "one block a multiprocessor, which stays"
+    return (
+        f"tiles of {tile.tokens} rows cover {mean:.1f} rows of an expert in {max(1, math.ceil(mean / tile.tokens))}",
+        f"both products: {tile.weights} rows of weights a tile, {tile.groups} warpgroups multiply, {where}",
     )
+
+
+def variants(arch):
+    """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
+    if arch != "sm_90a":
+        return
+    for dtype in ("bfloat16", "float16"):
+        for tile in _TILES.values():
+            yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "silu", True)
+            yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "", False, scaled=True)

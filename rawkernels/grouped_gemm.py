@@ -1,8 +1,94 @@
 """Ragged matrix products: each expert's rows of activations times that expert's weights."""
 
+from cumoe.rawkernels import _grouped_gemm_mma as mma
 from cumoe.rawkernels import _grouped_gemm_wgmma as wgmma
+
+
+def grouped_gemm(
+    x,
+    permuted_idx,
+    top_k,
+    input_scale,
+    weights,
+    expert_first_token_offset,
+    bias,
+    output_scale,
+    activation,
+    interleaved,
+    alpha,
+    beta,
+    limit,
+    dtype,
+    kernel,
+    schedule,
+    block_rows,
+    out,
+):
+    """
+    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
+
+    The twin of the CPU's, with tiles of the schedule in place of offsets. Rows in place with a `permuted_idx`
+    are the second product of a layer, whose schedule is older than its first product.
+    """
+    ahead = top_k == 0 and permuted_idx.size > 0
+    if kernel == "wgmma":
+        wgmma.launch(
+            x,
+            permuted_idx,
+            top_k,
+            weights,
+            bias,
+            output_scale,
+            activation,
+            interleaved,
+            alpha,
+            beta,
+            limit,
+            dtype,
+            schedule,
+            block_rows,
+            out,
+            ahead,
+        )
+        return
+    mma.launch(
+        x,
+        permuted_idx,
+        top_k,
+        input_scale,
+        weights,
+        expert_first_token_offset,
+        bias,
+        output_scale,
+        activation,
+        interleaved,
+        alpha,
+        beta,
+        limit,
+        dtype,
+        kernel,
+        schedule,
+        block_rows,
+        out,
+        ahead,
+    )
 
 
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
     """Rows of a tile of the schedule for both products of a call."""
-    return wgmma.choose(num_pairs, num_experts)[0].tokens
+    if kernel == "wgmma":
+        return wgmma.block_rows(num_pairs, num_experts)
+    return mma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
+
+
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+    """Lines that say which tiles a call uses and why."""
+    if kernel == "wgmma":
+        return wgmma.explain(num_pairs, num_experts, hidden_size, intermediate_size)
+    return mma.explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
+
+
+def variants(arch):
+    """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
+    yield from wgmma.variants(arch)
+    yield from mma.variants(arch)

@@ -6,11 +6,13 @@
 // Work       unit = (tile of `schedule`, block of weight rows); a CTA takes units blockIdx.x, + gridDim.x, ...
 //            warps 0-3 load: weights by the bulk tensor copy engine, rows likewise or (GATHERED) 16 bytes a thread;
 //            each further warpgroup multiplies; a ring of `stages` buffers, 64 of K each, lies between them
-// Operands   wgmma multiplies M (64 rows a step) by N (COLUMNS). SWAPPED: M is weights, N is tokens, and a tile with
-//            few tokens runs with a smaller N; else M is tokens. Either way the tensor map has put 8 gate rows
-//            before the 8 up rows of the same outputs, so that one thread holds both.
-// PINGPONG   two warpgroups, a unit each: one multiplies while the other stores
+// Operands   weights are on the side of wgmma that counts 64 rows a step, tokens on the other: a tile with fewer
+//            than COLUMNS tokens runs with a smaller N. The tensor map has put 8 gate rows before the 8 up rows of
+//            the same outputs, so that one thread holds both.
 // Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
+// Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
+//            GATHERED: rows by permuted_idx; GROUPS warpgroups of M_BLOCKS x 64 weight rows, COLUMNS tokens;
+//            MIN_CTAS of a multiprocessor; registers of both kinds of warps, 0: as compiled
 // Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
 
 #include "numbers.cuh"
@@ -27,9 +29,7 @@
 #define BIASED 0
 #define SCALED 0
 #define LIMITED 0
-#define SWAPPED 1
 #define GATHERED 1
-#define PINGPONG 0
 #define M_BLOCKS 1
 #define COLUMNS 64
 #define GROUPS 2
@@ -38,22 +38,15 @@
 #define CONSUMER_REGISTERS 224
 #endif
 
-constexpr int BLOCK_K = 64; // 128 bytes, the width of the swizzle
-constexpr int M_ROWS = 64 * M_BLOCKS * (PINGPONG ? 1 : GROUPS);
-constexpr int TOKENS = SWAPPED ? COLUMNS : M_ROWS;
-constexpr int WEIGHTS = SWAPPED ? M_ROWS : COLUMNS;
+constexpr int BLOCK_K = 64;                     // 128 bytes, the width of the swizzle
+constexpr int WEIGHTS = 64 * M_BLOCKS * GROUPS; // rows of a tile
 constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
-constexpr int M_BYTES = M_ROWS * 128, N_BYTES = COLUMNS * 128, STAGE = M_BYTES + N_BYTES;
-constexpr int TOKENS_AT = SWAPPED ? M_BYTES : 0, WEIGHTS_AT = SWAPPED ? 0 : M_BYTES;
-constexpr int ROWS_TOGETHER = 16; // tiles that share each block of weights while it is in L2
+constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
 
-constexpr int QUARTER = COLUMNS >= 32 ? COLUMNS / 4 : 8;
-
-// Tokens that a tile with `left` rows multiplies.
-__device__ __forceinline__ int multiplied_tokens(int left)
+// The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
+constexpr int smaller(int n)
 {
-    const int step = SWAPPED ? QUARTER : 64;
-    return min(TOKENS, (left + step - 1) / step * step);
+    return n <= 8 ? 0 : COLUMNS <= 32 ? n - 8 : n <= 16 ? 0 : n > COLUMNS - 48 ? n - 16 : (n / 2 + 15) / 16 * 16;
 }
 
 // What every role of a kernel reads.
@@ -62,7 +55,6 @@ struct Problem {
     X* out;
     const float* bias;         // (E, N), if BIASED
     const float* output_scale; // by pair, or null
-    const TensorMap* out_map;
     int outputs, interleaved;
     float alpha, beta, limit;
 };
@@ -74,14 +66,14 @@ struct Unit {
 // The tile list of permute.py: {count, ...}, then {expert, first row, rows, 0} each.
 struct Tiles {
     const int4* list;
-    int count, blocks;
+    int count, blocks, together; // `together` tiles share each block of weights while it is in L2
 
     __device__ __forceinline__ int units() const { return count * blocks; }
     __device__ __forceinline__ Unit at(int unit) const
     {
-        const int together = ROWS_TOGETHER * blocks, first = unit / together, within = unit - first * together;
-        const int height = min(ROWS_TOGETHER, count - first * ROWS_TOGETHER), block = within / height;
-        const int4 tile = list[1 + first * ROWS_TOGETHER + within - block * height];
+        const int whole = together * blocks, group = unit / whole, within = unit - group * whole;
+        const int height = min(together, count - group * together), block = within / height;
+        const int4 tile = list[1 + group * together + within - block * height];
         return {tile.x, tile.y, tile.z, block};
     }
 };
@@ -99,35 +91,26 @@ struct Ring {
     {
         if (++stage == stages) stage = 0, parity ^= 1;
     }
-    __device__ __forceinline__ void skip(int count)
-    {
-        stage += count;
-        parity ^= (stage / stages) & 1;
-        stage %= stages;
-    }
 };
 
 #include "grouped_gemm_wgmma_store.cuh"
 #include "grouped_gemm_wgmma_roles.cuh"
 
 extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void grouped_gemm(
-    const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map,
-    const __grid_constant__ TensorMap out_map, const int4* schedule, const int* permuted_idx, const uint8* x,
-    const float* bias, const float* output_scale, X* out, int blocks, int K, int outputs, int interleaved, int top_k,
-    int stages, int ahead, float alpha, float beta, float limit)
+    const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, const int4* schedule,
+    const int* permuted_idx, const uint8* x, const float* bias, const float* output_scale, X* out, int blocks, int K,
+    int outputs, int interleaved, int top_k, int stages, int together, int ahead, float alpha, float beta, float limit)
 {
     extern __shared__ uint8 shared[];
     const uint32 base = (shared_address(shared) + 1023) & ~1023u;
     const uint32 staging = base + stages * STAGE;
     const uint32 barriers = staging + GROUPS * STAGING;
-    const uint32 turns = barriers + 2 * stages * 8;
+    const uint32 scales = barriers + 2 * stages * 8;
     if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) {
             barrier_init(barriers + s * 8, GATHERED ? 1 + 128 : 1);
-            barrier_init(barriers + (stages + s) * 8, (PINGPONG ? 1 : GROUPS) * 4);
+            barrier_init(barriers + (stages + s) * 8, GROUPS * 4);
         }
-        barrier_init(turns, 4);
-        barrier_init(turns + 8, 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fetch_descriptor(&weights_map);
         if (!GATHERED) fetch_descriptor(&rows_map);
@@ -135,7 +118,7 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
     __syncthreads();
 
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
-    Tiles tiles{schedule, 0, blocks};
+    Tiles tiles{schedule, 0, blocks, together};
     Ring ring{base, barriers, stages, 0, 0};
     if (threadIdx.x < 128) {
 #if PRODUCER_REGISTERS
@@ -153,7 +136,7 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
 #endif
     wait_for_previous();
     tiles.count = schedule[0].x;
-    const Problem problem{permuted_idx, out, bias, output_scale, &out_map, outputs, interleaved, alpha, beta, limit};
+    const Problem problem{permuted_idx, out, bias, output_scale, outputs, interleaved, alpha, beta, limit};
     const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
-    consume(tiles, ring, problem, staging + group * STAGING, turns, turns + 16 + group * SCALE_BYTES, k_blocks, group);
+    consume(tiles, ring, problem, staging + group * STAGING, scales + group * SCALE_BYTES, k_blocks, group);
 }

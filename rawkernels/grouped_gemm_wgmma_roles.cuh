@@ -14,7 +14,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
             Ring first = ring;
             for (primed = 0; primed < min(ring.stages, k_blocks); ++primed, first.next()) {
                 barrier_arrive_expecting(first.full(), STAGE);
-                copy_weights(first.buffer() + WEIGHTS_AT, weights_map, first.full(), primed * BLOCK_K,
+                copy_weights(first.buffer(), weights_map, first.full(), primed * BLOCK_K,
                              u.block * (WEIGHTS / (GATED ? 16 : 8)), u.expert);
             }
         }
@@ -28,7 +28,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
             if (k >= primed) {
                 barrier_wait(ring.empty(), ring.parity);
                 barrier_arrive_expecting(ring.full(), STAGE);
-                copy_weights(ring.buffer() + WEIGHTS_AT, weights_map, ring.full(), k * BLOCK_K,
+                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K,
                              u.block * (WEIGHTS / (GATED ? 16 : 8)), u.expert);
             }
             copy_rows(ring.buffer() + TOKENS_AT, rows_map, ring.full(), k * BLOCK_K, u.row);
@@ -40,7 +40,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
 __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* weights_map, const int* permuted_idx,
                                        const uint8* x, int K, int k_blocks, int top_k)
 {
-    constexpr int COPIES = (TOKENS + 15) / 16;
+    constexpr int STRIDE = 16, COPIES = (COLUMNS + STRIDE - 1) / STRIDE;
     const int thread = threadIdx.x, first_row = thread / 8, chunk = thread % 8;
     const uint32 place = TOKENS_AT + first_row * 128 + ((chunk ^ (first_row & 7)) << 4);
     const int row_chunks = K / 8;
@@ -56,30 +56,30 @@ __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* 
             Ring first = ring;
             for (int k = 0; k < primed && thread == 0; ++k, first.next()) {
                 barrier_arrive_expecting(first.full(), WEIGHTS * 128);
-                copy_weights(first.buffer() + WEIGHTS_AT, weights_map, first.full(), k * BLOCK_K, block, u.expert);
+                copy_weights(first.buffer(), weights_map, first.full(), k * BLOCK_K, block, u.expert);
             }
         }
         uint32 start[COPIES]; // in chunks; T * H < 2**35 elements
         int needed = 0;
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
-            const int r = first_row + 16 * i;
+            const int r = first_row + STRIDE * i;
             const int pair = permuted_idx[u.row + min(r, u.left - 1)];
             start[i] = (uint32)(pair / top_k) * (uint32)row_chunks + chunk;
-            if (r < multiplied_tokens(u.left)) needed = i + 1;
+            if (r < u.left) needed = i + 1; // what else the tile multiplies is never stored
         }
         for (int k = 0; k < k_blocks; ++k, ring.next()) {
             barrier_wait(ring.empty(), ring.parity);
             if (thread == 0 && k >= primed) {
                 barrier_arrive_expecting(ring.full(), WEIGHTS * 128);
-                copy_weights(ring.buffer() + WEIGHTS_AT, weights_map, ring.full(), k * BLOCK_K, block, u.expert);
+                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K, block, u.expert);
             }
             const int bytes = k * 8 + chunk < row_chunks ? 16 : 0; // K may end within the block
 #pragma unroll
             for (int i = 0; i < COPIES; ++i)
                 if (i < needed)
-                    copy_chunk(ring.buffer() + place + i * 2048, x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16,
-                               bytes);
+                    copy_chunk(ring.buffer() + place + i * STRIDE * 128,
+                               x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16, bytes);
             barrier_arrive_after_copies(ring.full());
         }
         primed = 0;
@@ -88,18 +88,17 @@ __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* 
 
 // ---- multiplying ----
 
-// d = rows @ weights.T of a unit, with N = `N` of the tile's tokens if SWAPPED.
+// d = weights @ rows.T of a unit, its first N tokens.
 template <int N>
-__device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks, int group,
-                                         uint32 next_turn)
+__device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks, int group)
 {
     const bool first_lane = threadIdx.x % 32 == 0;
-    const uint64 rows = PINGPONG ? 0 : group * M_BLOCKS * 512; // descriptors count 16 bytes
+    const uint64 rows = group * M_BLOCKS * 512; // descriptors count 16 bytes
     uint32 previous = 0;
     for (int k = 0; k < k_blocks; ++k) {
         barrier_wait(ring.full(), ring.parity);
         if (GATHERED) shared_writes_visible();
-        const uint64 m = matrix_descriptor(ring.buffer()) + rows, n = matrix_descriptor(ring.buffer() + M_BYTES);
+        const uint64 m = matrix_descriptor(ring.buffer()) + rows, n = matrix_descriptor(ring.buffer() + TOKENS_AT);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int step = 0; step < BLOCK_K / 16; ++step)
@@ -112,54 +111,29 @@ __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring
         previous = ring.empty();
         ring.next();
     }
-    if (PINGPONG && first_lane) barrier_arrive(next_turn);
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     if (first_lane) barrier_arrive(previous);
 }
 
-// A warpgroup without rows in this tile keeps the ring moving.
-__device__ __forceinline__ void pass(Ring& ring, int k_blocks)
+// The same with the least N that covers `tokens`.
+template <int N>
+__device__ __forceinline__ void multiply_tokens(int tokens, float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks,
+                                                int group)
 {
-    for (int k = 0; k < k_blocks; ++k, ring.next()) {
-        barrier_wait(ring.full(), ring.parity);
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty());
-    }
+    if constexpr (smaller(N) > 0)
+        if (tokens <= smaller(N)) return multiply_tokens<smaller(N)>(tokens, d, ring, k_blocks, group);
+    multiply<N>(d, ring, k_blocks, group);
 }
 
-// One warpgroup: multiply and store its units. In ping-pong the groups take turns at the tensor cores: `turns` are
-// two barriers, and group 0 begins.
-__device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p, uint32 staging, uint32 turns,
-                                        uint32 scales, int k_blocks, int group)
+// One warpgroup: multiply and store all units of this CTA.
+__device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p, uint32 staging, uint32 scales,
+                                        int k_blocks, int group)
 {
-    if (PINGPONG) ring.skip(group * k_blocks);
-    int turn = 0;
-    const int step = PINGPONG ? GROUPS * gridDim.x : gridDim.x;
-    for (int at = blockIdx.x + (PINGPONG ? group * gridDim.x : 0); at < tiles.units(); at += step, ++turn) {
+    for (int at = blockIdx.x; at < tiles.units(); at += gridDim.x) {
         const Unit unit = tiles.at(at);
         const Extras extras = load_extras(p, unit, group); // on its way while the products run
         float d[M_BLOCKS][COLUMNS / 2];
-        const uint32 next_turn = turns + (group ^ 1) * 8;
-        if (PINGPONG && (group || turn)) barrier_wait(turns + group * 8, (turn - (group ? 0 : 1)) & 1);
-        if (!SWAPPED && !PINGPONG && unit.left <= group * M_BLOCKS * 64) {
-            pass(ring, k_blocks);
-            continue;
-        }
-        const int tokens = multiplied_tokens(unit.left);
-        if (tokens == COLUMNS || !SWAPPED) multiply<COLUMNS>(d, ring, k_blocks, group, next_turn);
-#if SWAPPED && COLUMNS >= 16
-        else if (tokens == QUARTER)
-            multiply<QUARTER>(d, ring, k_blocks, group, next_turn);
-#endif
-#if SWAPPED && COLUMNS >= 32
-        else if (tokens == 2 * QUARTER)
-            multiply<2 * QUARTER>(d, ring, k_blocks, group, next_turn);
-        else
-            multiply<3 * QUARTER>(d, ring, k_blocks, group, next_turn);
-#endif
-        if (PINGPONG) ring.skip((GROUPS - 1) * k_blocks);
+        multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
         store_tile(d, p, extras, unit, staging, scales, group);
     }
-#if !SWAPPED
-    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-#endif
 }

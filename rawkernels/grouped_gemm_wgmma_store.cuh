@@ -45,10 +45,12 @@ __device__ __forceinline__ uint32 activated_pair(const Problem& p, uint32 gate, 
 #endif
 }
 
-#if SWAPPED
-// ---- tokens are the columns of d ----
+// ---- storing ----
 
-constexpr int STAGED_TOKENS = COLUMNS < 64 ? COLUMNS : COLUMNS % 64 ? 32 : 64; // stored at a time
+constexpr int STAGED_TOKENS = COLUMNS < 64        ? COLUMNS
+                              : COLUMNS % 64 == 0 ? 64
+                              : COLUMNS % 32 == 0 ? 32
+                                                  : 16; // at a time
 constexpr int GROUP_OUTPUTS = (GATED ? 32 : 64) * M_BLOCKS;
 constexpr int STAGING = STAGED_TOKENS * GROUP_OUTPUTS * 2; // bytes of a warpgroup
 constexpr int CHUNKS = GROUP_OUTPUTS / 8;                  // 16-byte pieces of a staged token
@@ -61,7 +63,7 @@ struct Extras {
 
 __device__ __forceinline__ int first_output(const Unit& unit, int group)
 {
-    return unit.block * TILE_OUTPUTS + (PINGPONG ? 0 : group) * GROUP_OUTPUTS;
+    return unit.block * TILE_OUTPUTS + group * GROUP_OUTPUTS;
 }
 
 __device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit, int group)
@@ -130,91 +132,3 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
         }
     }
 }
-
-#else
-// ---- tokens are the rows of d: boxes of 64 x 64 outputs, stored by the copy engine ----
-
-constexpr int BOXES = 2; // in turn: one is filled while the other leaves
-constexpr int STAGING = BOXES * 8192;
-constexpr int SCALE_BYTES = 0; // scales are in registers
-
-struct Extras {
-    float scale[M_BLOCKS][2];
-};
-
-__device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit, int group)
-{
-    Extras e;
-#pragma unroll
-    for (int i = 0; i < M_BLOCKS * 2; ++i) {
-        const int row =
-            ((PINGPONG ? 0 : group) * M_BLOCKS + i / 2) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-        e.scale[i / 2][i % 2] = scale_at(p, unit.row + min(row + i % 2 * 8, unit.left - 1));
-    }
-    return e;
-}
-
-// Two outputs of one row: columns `column`, + 1, whose sums are at[0], at[1] (and of the up rows at[4], at[5]).
-__device__ __forceinline__ uint32 outputs_of(const Problem& p, const float* at, int expert, int column, float scale)
-{
-    float b[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (BIASED)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            b[c] = bias_at(p, expert, GATED ? gate_row(p, column + c) : column + c, column + c);
-            if (GATED) b[2 + c] = bias_at(p, expert, up_row(p, column + c), column + c);
-        }
-    const uint32 gate = rounded_pair(at[0], at[1], b[0], b[1], scale, scale);
-    return activated_pair(p, gate, GATED ? rounded_pair(at[4], at[5], b[2], b[3], scale, scale) : gate);
-}
-
-__device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Extras& e,
-                                           const Unit& unit, uint32 staging, uint32 scales, int group)
-{
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const int staged_row = warp * 16 + lane % 16;
-    int box = 0;
-#pragma unroll
-    for (int m = 0; m < M_BLOCKS; ++m) {
-        const int row0 = ((PINGPONG ? 0 : group) * M_BLOCKS + m) * 64, left = unit.left - row0;
-        if (left <= 0) break;
-#pragma unroll
-        for (int b = 0; b < TILE_OUTPUTS / 64; ++b, ++box) {
-            const int column0 = unit.block * TILE_OUTPUTS + b * 64;
-            const uint32 area = staging + (box % BOXES) * 8192;
-            if (thread == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BOXES - 1) : "memory");
-            warpgroup_sync(1 + group);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) { // 16 columns at a time: four 8 x 8 matrices
-                uint32 v[4];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int i = b * 8 + j * 2 + h, column = unit.block * TILE_OUTPUTS + i * 8 + lane % 4 * 2;
-                    const float* at = &d[m][i * (GATED ? 8 : 4)];
-                    v[h * 2] = outputs_of(p, at, unit.expert, column, e.scale[m][0]);
-                    v[h * 2 + 1] = outputs_of(p, at + 2, unit.expert, column, e.scale[m][1]);
-                }
-                const int chunk = (j * 2 + lane / 16) ^ (staged_row & 7);
-                store_matrices(area + staged_row * 128 + (chunk << 4), v[0], v[1], v[2], v[3]);
-            }
-            if (left >= 64) shared_writes_visible();
-            warpgroup_sync(1 + group);
-            // a group for every box, empty or not: wait_group counts groups
-            if (thread == 0) {
-                if (left >= 64) store_box(p.out_map, area, column0, unit.row + row0);
-                asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            }
-            if (left < 64) { // the rows below are another expert's
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = thread / 8 + i * 16, column = column0 + thread % 8 * 8;
-                    if (row < left && column < p.outputs)
-                        *(uint4*)(p.out + (int64)(unit.row + row0 + row) * p.outputs + column) =
-                            load_chunk(area + row * 128 + ((thread % 8 ^ (row & 7)) << 4));
-                }
-                warpgroup_sync(1 + group);
-            }
-        }
-    }
-}
-#endif

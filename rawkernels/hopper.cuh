@@ -65,13 +65,6 @@ __device__ __forceinline__ void copy_rows(uint32 to, const TensorMap* map, uint3
                  : "memory");
 }
 
-__device__ __forceinline__ void store_box(const TensorMap* map, uint32 from, int column, int row)
-{
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
-                 "r"(column), "r"(row)
-                 : "memory");
-}
-
 __device__ __forceinline__ void fetch_descriptor(const TensorMap* map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -93,14 +86,6 @@ __device__ __forceinline__ uint64 matrix_descriptor(uint32 address)
 {
     const uint64 eight_rows = 1024 >> 4, swizzle_128 = 1;
     return (uint64)((address & 0x3FFFF) >> 4) | 1ull << 16 | eight_rows << 32 | swizzle_128 << 62;
-}
-
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(uint32 to, uint32 a, uint32 b, uint32 c, uint32 d)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
-                 "r"(d)
-                 : "memory");
 }
 
 __device__ __forceinline__ void store_transposed(uint32 to, uint32 a)
