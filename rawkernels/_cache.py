@@ -35,13 +35,6 @@ def folder(root: str | Path | None = None) -> Path | None:
         return None
 
 
-def get_or_build(
-    name: str, parts: tuple[str, ...], build: Callable[[], bytes], root: str | Path | None = None
-) -> bytes:
-    """Return the content that `build` makes, from the disk if `parts`, all that it depends on, were built before."""
-    return fetch(name, parts, "any", build, root)[0]
-
-
 def fetch(
     name: str, parts: tuple[str, ...], maker: str | None, build: Callable[[], bytes], root: str | Path | None = None
 ) -> tuple[bytes, str]:

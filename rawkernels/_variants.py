@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     constants: tuple[tuple[str, object], ...]  # sorted (name, value)
 
     def __str__(self):
-        return " ".join((self.file, *(f"{name}={value}" for name, value in self.constants)))
+        return " ".join((self.file, *self.entries, *(f"{name}={value}" for name, value in self.constants)))
 
 
 class Usage(NamedTuple):
@@ -45,14 +45,19 @@ def default(arch, dtypes=DTYPES):
         for file, entry, constants in listed(arch):
             named = set(DTYPES) & set(map(str, constants.values()))
             if not named or named & set(dtypes):
-                entries = found.setdefault((file, tuple(sorted(constants.items()))), [])
+                alone = entry if file.endswith(".py") else ""  # Numba compiles each for itself
+                entries = found.setdefault((file, tuple(sorted(constants.items())), alone), [])
                 if entry not in entries:
                     entries.append(entry)
-    return [Variant(file, tuple(entries), constants) for (file, constants), entries in found.items()]
+    return [Variant(file, tuple(entries), constants) for (file, constants, _), entries in found.items()]
 
 
 def compiled(variant, arch, root=None):
     """Compile a variant, or read it from the disk; `root` stands for CuPy's cache folder."""
+    if variant.file.endswith(".py"):
+        from cumoe.rawkernels import _numba
+
+        return _numba.compiled(variant.file, *variant.entries, arch, dict(variant.constants), root)
     return _compile.compiled(variant.file, arch, dict(variant.constants), root)
 
 

@@ -90,7 +90,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_built(kernel
     assert build() == 1
     text = capsys.readouterr().out
     assert [row[-1] for row in rows(text)] == ["compiled", "failed", "compiled"]
-    assert "scale.cu FACTOR=3 X=float16 for sm_90a: " in text
+    assert "scale.cu scale FACTOR=3 X=float16 for sm_90a: " in text
     assert 'identifier "float16" is undefined' in text
     assert "1 kernels failed" in text
     assert len(list((kernels / "cache").rglob("*.cubin"))) == 2

@@ -20,8 +20,29 @@ ROOT = Path(__file__).parents[1]
 GPU, KEPT = ROOT / "rawkernels", ROOT / "build" / "kernels"
 COMPLETE = "sm_90a"
 
-# file -> what must be among its instructions, given the number of the architecture and the constants
-INSTRUCTIONS = {}
+WIDE = ("LDG.E.128", "STG.E.128")
+WARP_MAX = "C?REDUX.MAX"  # one instruction over the warp
+ADD_UP = "SHFL.BFLY"
+COPIES = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")  # past the registers to shared memory, and from there as fragments
+
+
+def mma(number, constants):
+    """Tensor cores: 16 x 8 x 16 halves or 16 x 8 x 8 tf32 at once."""
+    return "HMMA.1688.F32.TF32" if constants["X"] == "float32" else "HMMA.16816.F32"
+
+
+# file -> (number of the architecture, constants) -> what must be among the instructions of each entry point
+INSTRUCTIONS = {
+    "act.cu": lambda number, constants: WIDE if constants["BYTES"] == 16 else (),
+    "dense_route.cu": lambda number, constants: (),
+    "grouped_gemm_fma.cu": lambda number, constants: ("FFMA", "LDGSTS.E"),
+    "grouped_gemm_mma.cu": lambda number, constants: (mma(number, constants), *COPIES),
+    "grouped_gemm_wgmma.cu": lambda number, constants: ("HGMMA", "UTMALDG", "SYNCS"),
+    "grouped_route.cu": lambda number, constants: (WARP_MAX, ADD_UP),
+    "route.cu": lambda number, constants: (WARP_MAX, ADD_UP),
+    "special_experts.cu": lambda number, constants: (),
+    "unpermute.cu": lambda number, constants: (*WIDE, "SHFL.IDX"),
+}
 
 # file -> why its kernels may use the stack
 STACK = {}
@@ -39,14 +60,15 @@ def covering(variants):
     return chosen
 
 
-def cases():
+def cases(every=""):
+    """One case an architecture and variant: all for the architecture `every`, a choice for the others."""
     for arch in _compile.ARCHITECTURES:
         variants = _variants.default(arch)
-        for variant in variants if arch == COMPLETE else covering(variants):
+        for variant in variants if arch == every else covering(variants):
             yield pytest.param(arch, variant, id=f"{arch} {variant}")
 
 
-CASES = list(cases())
+CASES, LOOKED_AT = list(cases(COMPLETE)), list(cases())
 
 
 def disassembler():
@@ -58,22 +80,25 @@ def disassembler():
 
 
 def instructions(code, folder):
-    """Machine instructions of a cubin: the set of their whole names, as in {"HMMA.16816.F32", "EXIT"}."""
+    """Entry point -> whole names of its machine instructions, as in {"HMMA.16816.F32", "EXIT"}."""
     path = folder / "kernel.cubin"
     path.write_bytes(code)
     text = subprocess.run([disassembler(), "-c", path], capture_output=True, text=True, check=True).stdout
-    found = set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE))
-    assert "EXIT" in found, text[:2000]
+    found = {}
+    for part in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
+        line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+        found[part.partition(":")[0]] = set(re.findall(line, part, re.MULTILINE))
+    assert all("EXIT" in names for names in found.values()), text[:2000]
     return found
 
 
-def has(found, name):
+def has(found, pattern):
     """Tell whether an instruction is there, in any of its forms."""
-    return any(one == name or one.startswith(f"{name}.") for one in found)
+    return any(re.match(rf"{pattern}(\.|$)", name) for name in found)
 
 
 @pytest.mark.parametrize(("arch", "variant"), CASES)
-def test_a_kernel_compiles_into_registers_and_the_right_instructions(arch, variant, tmp_path):
+def test_a_kernel_lies_in_registers(arch, variant):
     done = _variants.compiled(variant, arch, KEPT)
     used = _variants.usage(done.log)
     assert set(variant.entries) <= used.keys()
@@ -82,28 +107,38 @@ def test_a_kernel_compiles_into_registers_and_the_right_instructions(arch, varia
         assert usage.spill_bytes == 0, name
         assert usage.stack_bytes == 0 or variant.file in STACK, name
         assert 1 <= usage.registers <= 255
-    found = instructions(done.code, tmp_path)
-    if variant.file not in STACK:
-        assert not [name for name in ("LDL", "STL") if has(found, name)]
-    wanted = INSTRUCTIONS[variant.file](int(re.sub(r"\D", "", arch)), dict(variant.constants))
-    assert [name for name in wanted if not has(found, name)] == []
+
+
+@pytest.mark.parametrize(("arch", "variant"), LOOKED_AT)
+def test_a_kernel_has_the_right_instructions(arch, variant, tmp_path):
+    number, constants = int(re.sub(r"\D", "", arch)), dict(variant.constants)
+    found = instructions(_variants.compiled(variant, arch, KEPT).code, tmp_path)
+    wanted = [*INSTRUCTIONS[variant.file](number, constants)]
+    if number >= 90:
+        wanted.append("ACQBULK")  # wait_for_previous
+    for entry in variant.entries:
+        assert [name for name in wanted if not has(found[entry], name)] == [], entry
+        if variant.file not in STACK:
+            assert [name for name in ("LDL", "STL") if has(found[entry], name)] == [], entry
 
 
 def test_every_kernel_file_is_listed():
-    files = {path.name for path in GPU.glob("*.cu")}
+    files = {path.name for pattern in ("*.cu", "_*_kernels.py") for path in GPU.glob(pattern)}
     for arch in _compile.ARCHITECTURES:
-        assert {variant.file for variant in _variants.default(arch) if variant.file.endswith(".cu")} <= files
-    assert {variant.file for variant in _variants.default(COMPLETE) if variant.file.endswith(".cu")} == files
-    assert INSTRUCTIONS.keys() == {variant.file for variant in _variants.default(COMPLETE)}
+        assert {variant.file for variant in _variants.default(arch)} <= files
+    assert {variant.file for variant in _variants.default(COMPLETE)} == files
+    assert INSTRUCTIONS.keys() == files
     assert STACK.keys() <= files
 
 
 def test_every_entry_point_is_listed():
-    for file in {path.name for path in GPU.glob("*.cu")}:
-        text = re.sub(r"//.*", "", _compile.source(file))
+    for path in GPU.glob("*.cu"):
+        text = re.sub(r"//.*", "", _compile.source(path.name))
         written = set(re.findall(r"__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text))
-        listed = {entry for variant in _variants.default(COMPLETE) if variant.file == file for entry in variant.entries}
-        assert written == listed, file
+        listed = {
+            entry for variant in _variants.default(COMPLETE) if variant.file == path.name for entry in variant.entries
+        }
+        assert written == listed, path.name
 
 
 # -- the checks themselves --------------------------------------------------------------------------
@@ -121,8 +156,9 @@ extern "C" __global__ void spills(float *x)
 def test_the_checks_see_the_stack_and_remarks(tmp_path):
     code, log = _compile.compile_text("bad.cu", BAD, "sm_90a", ())
     assert _variants.usage(log)["spills"].stack_bytes == 800
-    assert has(instructions(code, tmp_path), "LDL")
+    assert has(instructions(code, tmp_path)["spills"], "LDL")
     assert not has({"LDLX", "XLDL"}, "LDL")
+    assert has({"LDG.E.128.CONSTANT"}, "LDG.E.128")
     assert _variants.remarks(log) == []
     serialized = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     assert _variants.remarks(f"{log}\n{serialized}\n") == [serialized]
@@ -142,10 +178,11 @@ def test_a_choice_covers_every_value():
 def test_variants_of_other_dtypes_are_left_out(monkeypatch):
     listed = [("a.cu", "f", {"X": "bfloat16"}), ("a.cu", "f", {"X": "float32", "Y": "float16"}), ("a.cu", "f", {})]
     listed += [("a.cu", "g", {"X": "bfloat16"}), ("a.cu", "f", {"X": "bfloat16"})]
+    listed += [("a.py", "f", {"X": "float16"}), ("a.py", "g", {"X": "float16"})]
     module = type("Launcher", (), {"variants": staticmethod(lambda arch: listed)})
     monkeypatch.setattr(_variants.pkgutil, "iter_modules", lambda path: [type("M", (), {"name": "launcher"})])
     monkeypatch.setattr(_variants.importlib, "import_module", lambda name: module)
     only = _variants.default("sm_90a", ("bfloat16",))
     assert [(one.entries, dict(one.constants)) for one in only] == [(("f", "g"), {"X": "bfloat16"}), (("f",), {})]
-    assert len(_variants.default("sm_90a")) == 3
-    assert str(only[0]) == "a.cu X=bfloat16"
+    assert len(_variants.default("sm_90a")) == 5  # those of a.py are compiled one by one
+    assert str(only[0]) == "a.cu f g X=bfloat16"
