@@ -44,7 +44,7 @@ constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
 constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
 
 // The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
-constexpr int smaller(int n)
+__device__ constexpr int smaller(int n)
 {
     return n <= 8 ? 0 : COLUMNS <= 32 ? n - 8 : n <= 16 ? 0 : n > COLUMNS - 48 ? n - 16 : (n / 2 + 15) / 16 * 16;
 }
