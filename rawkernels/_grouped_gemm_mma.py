@@ -84,13 +84,14 @@ def launch(
     height = _height(block_rows)
     parts = -(-block_rows // height)
     most_tiles = (min(rows, num_experts) + rows // block_rows) * parts
-    tile = choose(kernel, height, columns, most_tiles, _load.capability(device), _load.multiprocessors(device), item)
+    scaled = input_scale.size > 0
+    tile = choose(kernel, height, columns, most_tiles, _load.capability(device), _load.multiprocessors(device), scaled)
     constants = _constants(
         tile,
         dtype,
         activation,
         gated,
-        input_scale.size > 0,
+        scaled,
         _copy_bytes(item, k, x.data.ptr, *_steps(x)),
         _copy_bytes(item, k, weights.data.ptr, *_steps(weights)),
     )
@@ -116,6 +117,7 @@ def launch(
         int(interleaved),
         k,
         outputs,
+        most_tiles,
         parts,
         column_blocks,
         int(out.data.ptr % 16 == 0 and outputs * item % 16 == 0),
@@ -128,33 +130,49 @@ def launch(
     )
 
 
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+    """Lines that say which tiles a call uses and why."""
+    import cupy as cp
+
+    height = block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
+    most_tiles = min(num_pairs, num_experts) + num_pairs // height
+    device = _load.capability(), _load.multiprocessors(cp.cuda.runtime.getDevice())
+    lines = [f"tiles of {height} rows: {num_pairs} rows of {num_experts} experts make at most {most_tiles}"]
+    for which, columns in (("first", 2 * intermediate_size), ("second", hidden_size)):
+        tile = choose(kernel, height, columns, most_tiles, *device)
+        lines.append(
+            f"{which} product: {tile.columns} rows of weights a tile, {tile.warps_m} x {tile.warps_n} warps,"
+            f" {tile.stages} stages, {tile.ctas} blocks a multiprocessor"
+        )
+    return tuple(lines)
+
+
 def variants(arch):
     """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
     capability = int("".join(filter(str.isdigit, arch)))
+
+    def variant(kernel, dtype, height, most_tiles, activation, scaled, copy_bytes):
+        tile = choose(kernel, height, 4096, most_tiles, capability, 132, scaled)
+        constants = _constants(tile, dtype, activation, bool(activation), scaled, copy_bytes, copy_bytes)
+        return _FILES[kernel], "grouped_gemm", constants
+
     for kernel, dtype in (("mma", "bfloat16"), ("mma", "float16"), ("fma", "float32"), ("tf32", "float32")):
-        item = 4 if dtype == "float32" else 2
-        tiles = [
-            choose(kernel, height, 4096, most, capability, 132, item) for height in _HEIGHTS for most in (1, 10**6)
-        ]
-        for tile in dict.fromkeys(tiles):
-            for activation in ("silu", ""):
-                yield (
-                    _FILES[kernel],
-                    "grouped_gemm",
-                    _constants(tile, dtype, activation, bool(activation), False, 16, 16),
-                )
-        # sizes and addresses that fit nothing; the weight of a choice on the input
         for activation in ("silu", ""):
-            gated = bool(activation)
-            yield _FILES[kernel], "grouped_gemm", _constants(tiles[0], dtype, activation, gated, gated, item, item)
-            yield _FILES[kernel], "grouped_gemm", _constants(tiles[-1], dtype, activation, gated, gated, 8, 8)
+            for height in _HEIGHTS:
+                for most_tiles in (1, 10**6):
+                    yield variant(kernel, dtype, height, most_tiles, activation, False, 16)
+            # the weight of a choice on the input; sizes and addresses that fit nothing
+            yield variant(kernel, dtype, 128, 10**6, activation, True, 8)
+            yield variant(kernel, dtype, 16, 1, activation, True, 4 if dtype == "float32" else 2)
 
 
-def choose(kernel, height, columns, most_tiles, capability, multiprocessors, itemsize):
+def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False):
     """Tile of a product with `columns` rows of weights, for `most_tiles` tiles of that height."""
     shared_kib = _SHARED_KIB.get(capability, _SHARED_KIB_ELSE)
-    plenty = shared_kib >= 164
-    if height == 128 and plenty and kernel == "mma" and most_tiles * (columns // 256) >= multiprocessors:
+    wide = (
+        height == 128 and kernel == "mma" and shared_kib >= 164 and not scaled
+    )  # scales would take too many registers
+    if wide and most_tiles * (columns // 256) >= multiprocessors:
         return _fitted(height, 256, (2, 4), 1, shared_kib)
     narrow = height < 128 and most_tiles * -(-columns // 128) < multiprocessors
     width = 64 if narrow else 128

@@ -9,12 +9,17 @@
 extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const int4* schedule, const uint8* x, const int* permuted_idx, const float* input_scale, const uint8* weights,
     const float* bias, const float* output_scale, X* out, int64 x_stride, int64 expert_stride, int64 weight_stride,
-    int top_k, int interleaved, int K, int outputs, int parts, int column_blocks, int wide_stores, int ahead,
-    float alpha, float beta, float limit)
+    int top_k, int interleaved, int K, int outputs, int most_tiles, int parts, int column_blocks, int wide_stores,
+    int ahead, float alpha, float beta, float limit)
 {
-    const Problem p{schedule, permuted_idx, input_scale,   bias,          output_scale, x,           weights,
-                    out,      x_stride,     expert_stride, weight_stride, top_k,        interleaved, K,
-                    outputs,  parts,        column_blocks, wide_stores,   alpha,        beta,        limit};
+    Problem p;
+    p.schedule = schedule, p.permuted_idx = permuted_idx;
+    p.input_scale = input_scale, p.output_scale = output_scale, p.bias = bias;
+    p.x = x, p.weights = weights, p.out = out;
+    p.x_stride = x_stride, p.expert_stride = expert_stride, p.weight_stride = weight_stride;
+    p.top_k = top_k, p.interleaved = interleaved, p.K = K, p.outputs = outputs;
+    p.most_tiles = most_tiles, p.parts = parts, p.column_blocks = column_blocks, p.wide_stores = wide_stores;
+    p.alpha = alpha, p.beta = beta, p.limit = limit;
     extern __shared__ __align__(128) uint8 shared[];
     const uint32 first = shared_address(shared);
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;

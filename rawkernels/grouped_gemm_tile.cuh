@@ -30,7 +30,7 @@ struct Problem {
     X* out;
     int64 x_stride, expert_stride, weight_stride; // bytes
     int top_k, interleaved, K, outputs;           // top_k 0: row r of x is row r
-    int parts, column_blocks;                     // a tile of the schedule is cut into parts of BLOCK_ROWS
+    int most_tiles, parts, column_blocks;         // a tile of the schedule is cut into `parts` of BLOCK_ROWS
     int wide_stores;                              // rows of out begin at multiples of 16 bytes
     float alpha, beta, limit;
 };
@@ -40,18 +40,18 @@ struct Tile {
     int expert, row, rows, column;
 };
 
-// Column blocks are the outer loop within TILES_TOGETHER tiles, so that CTAs that run together share weights.
+// Column blocks are the outer loop within TILES_TOGETHER tiles, so that CTAs that run together share weights. The
+// number of tiles is read beside the tile, not before it: that would cost a trip to memory.
 __device__ __forceinline__ Tile find_tile(const Problem& p)
 {
-    const int count = p.schedule[0].x * p.parts, together = TILES_TOGETHER * p.column_blocks;
-    const int group = blockIdx.x / together, within = blockIdx.x - group * together;
-    const int height = min(TILES_TOGETHER, count - group * TILES_TOGETHER);
-    if (height <= 0) return {0, 0, 0, 0};
+    const int together = TILES_TOGETHER * p.column_blocks, group = blockIdx.x / together;
+    const int within = blockIdx.x - group * together,
+              height = min(TILES_TOGETHER, p.most_tiles - group * TILES_TOGETHER);
     const int block = within / height, index = group * TILES_TOGETHER + within - block * height;
-    if (block >= p.column_blocks) return {0, 0, 0, 0};
-    const int4 entry = p.schedule[1 + index / p.parts];
+    const int4 entry = p.schedule[1 + index / p.parts]; // beyond the last tile: anything
     const int skipped = index % p.parts * BLOCK_ROWS;
-    return {entry.x, entry.y + skipped, max(0, min(BLOCK_ROWS, entry.z - skipped)), block * TILE_OUTPUTS};
+    const int rows = index / p.parts < p.schedule[0].x ? entry.z - skipped : 0;
+    return {entry.x, entry.y + skipped, max(0, min(BLOCK_ROWS, rows)), block * TILE_OUTPUTS};
 }
 
 // Row of the weights (and of the bias) that makes the gate, or the up, of output i.
