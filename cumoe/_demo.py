@@ -1,9 +1,13 @@
-"""The main job: one MoE layer of a real size, drawn, run, checked and held against the machine's limits."""
+"""
+The main job: one MoE layer of a real size, drawn, run, checked and held against the machine's limits.
 
-import importlib.util
+On the CPU here; where CuPy sees a GPU, there too (`bench.gpu_demo`), with the same weights, tokens and logits.
+"""
+
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +23,9 @@ SHAPE = "qwen3-30b-a3b"
 TOKENS = 256
 STAGES = ("route", "permute", "gemm1", "gemm2", "unpermute")
 
+Track = Callable[[Iterable[Any]], Iterable[Any]]
+Step = Callable[..., Track]
+
 _SMALLER = ("qwen3-30b-a3b", "mixtral", "small", "tiny")  # taken in this order when memory is short
 _SCRATCH_BYTES = 256 << 20  # interpreter, compiler and libraries
 _BUDGET_S = 6.0
@@ -33,6 +40,18 @@ class Batch:
     router_logits: list[Any]  # one of (T, E) for each of the routings that the timing cycles through
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What is run, on the host: the weights as drawn, the tokens, and the seed of it all."""
+
+    shape: shapes.Shape
+    dtype: str
+    w1: Any
+    w2: Any
+    batch: Batch
+    seed: int
+
+
 @dataclass
 class Measured:
     """Times of one stage and what it has to do, a list entry for each call."""
@@ -44,15 +63,27 @@ class Measured:
 
 def run(console: Console, shape_name: str, num_tokens: int, device: str, dtype: str = "bfloat16", seed: int = 0) -> int:
     """Do everything; the exit status: 0, or 1 if the result is beyond its error bound."""
-    import cumoe
-
-    _choose_device(console, device)
+    devices = _devices(device)
     shape = fitting_shape(console, shapes.SHAPES[shape_name], dtype, num_tokens)
     console.print(f"{shape}, {dtype}, {shape.weight_bytes(dtype) / 1e9:.2f} GB of weights, {num_tokens} tokens")
+    with _steps(console) as step:
+        w1, w2 = weights.draw(shape, dtype, seed, step("draw weights", shape.num_experts))
+    layer = Layer(shape, dtype, w1, w2, _draw_batch(shape, num_tokens, dtype, seed), seed)
+    good = True
+    if "cpu" in devices:
+        good = _run_cpu(console, layer)
+    if "cuda" in devices:
+        good = _run_gpu(console, layer, must_fit=device != "auto") and good
+    return 0 if good else 1
+
+
+@contextlib.contextmanager
+def _steps(console: Console) -> Iterator[Step]:
+    """Show progress bars; what is given makes one for a named step of so many parts."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 
-        def step(name: str, total: int = 1) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        def step(name: str, total: int = 1) -> Track:
             task = progress.add_task(name, total=total)
 
             def track(items: Iterable[Any]) -> Iterable[Any]:
@@ -62,19 +93,24 @@ def run(console: Console, shape_name: str, num_tokens: int, device: str, dtype: 
 
             return track
 
-        limits = _only(step("measure the machine"), lambda: ceilings.measure(dtype, _info.available_memory()))
-        w1, w2 = weights.draw(shape, dtype, seed, step("draw weights", shape.num_experts))
-        prepared = _only(step("pack weights"), lambda: cumoe.prepare(w1, w2))
-        batch = _draw_batch(shape, num_tokens, dtype, seed)
+        yield step
+
+
+def _run_cpu(console: Console, layer: Layer) -> bool:
+    """Print the table of the layer on the CPU; whether the result is within its bound."""
+    import cumoe
+
+    shape, batch = layer.shape, layer.batch
+    with _steps(console) as step:
+        limits = _only(step("measure the machine"), lambda: ceilings.measure(layer.dtype, _info.available_memory()))
+        prepared = _only(step("pack weights"), lambda: cumoe.prepare(layer.w1, layer.w2))
         started = time.perf_counter()
         _only(step("compile and warm up"), lambda: _run_once(batch, prepared, shape.top_k, 0))
         first_s = time.perf_counter() - started
         stages, total, rounds = _measure(batch, prepared, shape, step)
         topk_weights, topk_ids = cumoe.fused_topk(batch.router_logits[0], shape.top_k)
         out = cumoe.fused_experts(batch.hidden_states, prepared, None, topk_weights, topk_ids)
-        found = _only(
-            step("verify"), lambda: cumoe.verify(out, batch.hidden_states, w1, w2, topk_weights, topk_ids, seed=seed)
-        )
+        found = _only(step("verify"), lambda: check(layer, out, topk_weights, topk_ids))
     console.print(_table(stages, total, limits, rounds))
     console.print(
         f"machine: reads {limits.stream_gbs:.1f} GB/s ({limits.stream_bytes / 1e9:.2f} GB streamed), "
@@ -82,11 +118,38 @@ def run(console: Console, shape_name: str, num_tokens: int, device: str, dtype: 
     )
     console.print(f"first call: {first_s:.2f} s, with the loops compiled or loaded from the cache on disk")
     console.print("floor: max(bytes / read rate, operations / peak); above 1, part of the bytes came from a cache")
-    verdict = "[green]within[/green]" if found.max_ratio <= 1 else "[red]BEYOND[/red]"
+    return verdict(console, found)
+
+
+def _run_gpu(console: Console, layer: Layer, must_fit: bool) -> bool:
+    """Do the same on the GPU, if it has the memory."""
+    from cumoe.bench import gpu_demo
+
+    missing = gpu_demo.missing_bytes(layer)
+    if missing <= 0:
+        return gpu_demo.run(console, layer)
+    text = f"{layer.shape.name} needs {missing / 1e9:.2f} GB more than are free on the GPU"
+    if must_fit:
+        raise MemoryError(text)
+    console.print(f"not on the GPU: {text}")
+    return True
+
+
+def check(layer: Layer, out: Any, topk_weights: Any, topk_ids: Any) -> Any:
+    """Compare a result with the layer in float64."""
+    import cumoe
+
+    hidden_states = layer.batch.hidden_states
+    return cumoe.verify(out, hidden_states, layer.w1, layer.w2, topk_weights, topk_ids, seed=layer.seed)
+
+
+def verdict(console: Console, found: Any) -> bool:
+    """Print what `check` found; whether the result is within its bound."""
+    text = "[green]within[/green]" if found.ok else "[red]BEYOND[/red]"
     console.print(
-        f"max(error/bound) = {found.max_ratio:.4f} over {len(found.tokens)} tokens against float64: {verdict} the bound"
+        f"max(error/bound) = {found.max_ratio:.4f} over {len(found.tokens)} tokens against float64: {text} the bound"
     )
-    return 0 if found.max_ratio <= 1 else 1
+    return bool(found.ok)
 
 
 def fitting_shape(console: Console, wanted: shapes.Shape, dtype: str, num_tokens: int) -> shapes.Shape:
@@ -114,16 +177,14 @@ def needed_bytes(shape: shapes.Shape, dtype: str, num_tokens: int) -> int:
     return 2 * shape.weight_bytes(dtype) + 2 * rows + logits + _SCRATCH_BYTES
 
 
-def _choose_device(console: Console, device: str) -> None:
-    """Say where the layer will run, or raise if that is not possible."""
-    gpu = next((name for key, name in _info.gpus().items() if key.startswith("device")), "")
-    kernels = importlib.util.find_spec("cumoe.rawkernels.grouped_gemm") is not None
-    if device == "gpu" and not gpu:
-        raise NotImplementedError("device must be 'cpu' or 'auto' here, got 'gpu'; CuPy sees no CUDA device")
-    if device == "gpu" and not kernels:
-        raise NotImplementedError(f"no GPU kernels in cumoe {_info.versions()['cumoe']} yet; available: cpu")
-    if device == "auto" and gpu and not kernels:
-        console.print(f"{gpu} is there, but this version has no GPU kernels yet: running on the CPU")
+def _devices(device: str) -> tuple[str, ...]:
+    """Where the layer will run, or raise if that is not possible."""
+    gpu = any(key.startswith("device") for key in _info.gpus())
+    if device in ("cuda", "gpu") and not gpu:
+        raise NotImplementedError(f"device must be 'cpu' or 'auto' here, got {device!r}; CuPy sees no CUDA device")
+    if device == "auto":
+        return ("cpu", "cuda") if gpu else ("cpu",)
+    return ("cpu",) if device == "cpu" else ("cuda",)
 
 
 def _draw_batch(shape: shapes.Shape, num_tokens: int, dtype: str, seed: int) -> Batch:
@@ -228,7 +289,7 @@ def _table(stages: dict[str, Measured], total: Measured, limits: ceilings.Ceilin
     return table
 
 
-def _only(track: Callable[[Iterable[Any]], Iterable[Any]], work: Callable[[], Any]) -> Any:
+def _only(track: Track, work: Callable[[], Any]) -> Any:
     """Run one piece of work under a progress bar of one step."""
     results = [work() for _ in track(range(1))]
     return results[0]

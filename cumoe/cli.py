@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", type=bench_options.positive, default=_demo.TOKENS, metavar="T", help="default: %(default)s"
     )
     demo.add_argument("--dtype", choices=shapes.DTYPES, default="bfloat16", help="default: %(default)s")
-    demo.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: a GPU if there is one")
+    demo.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="default: CPU, and GPU if there is one"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of weights and tokens; default: %(default)s")
     demo.set_defaults(command=_run_demo)
 
