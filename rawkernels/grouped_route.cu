@@ -13,7 +13,7 @@
 // Work       WARPS tokens a block; a warp owns its token's row of both outputs. grouped_topk holds the logits in registers,
 //            and the choices pass through shared memory on their way to the lanes that own a group: for E <= 32 VALUES,
 //            k <= 32 and GROUPS <= 32. grouped_topk_long reads the logits again for each choice, for any E, k and groups
-// Numbers    float32; every sum in one order that depends on E and k only: same bits in every batch
+// Numbers    float32; every sum in one order that depends on E, k and WIDTH only: same bits in every batch
 // Constants  X float32, float16 or bfloat16, ID int or int64, SCORING as in scores.cuh, BIASED 0 or 1, VALUES and WIDTH
 //            of logits.cuh, GROUPS groups of GROUP_SIZE experts: E = GROUPS * GROUP_SIZE (these four for grouped_topk
 //            only), WARPS a block

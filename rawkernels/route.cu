@@ -10,7 +10,7 @@
 //            topk_ids (T, k) ID
 // Work       WARPS tokens a block; a warp owns its token's row of both outputs. fused_topk holds the logits in
 //            registers, for E <= 32 VALUES and k <= 32; fused_topk_long reads them again for each choice, for any E and k
-// Numbers    float32; every sum in one order that depends on E and k only: same bits in every batch
+// Numbers    float32; every sum in one order that depends on E, k and WIDTH only: same bits in every batch
 // Constants  X float32, float16 or bfloat16, ID and TABLE int or int64, SCORING as in scores.cuh, BIASED 0 or 1,
 //            VALUES and WIDTH of logits.cuh, WARPS a block
 // Launched   by route.py, which trusts its caller
