@@ -194,21 +194,18 @@ def test_an_operation_that_is_wrong_is_named(suite, monkeypatch):
 
 
 def test_forced_tiles_are_further_contenders(suite, monkeypatch):
-    used = []
-    launcher = importlib.import_module(gpu_tiles._LAUNCHER)
-    right = cumoe.fused_experts
+    launcher, used = importlib.import_module(gpu_tiles._LAUNCHER), []
+    before, right = launcher.block_rows, cumoe.fused_experts
 
     def noted(*arguments, **named):
-        used.append(launcher.choose(8, 8)[0].tokens)
+        used.append(launcher.block_rows is before)
         return right(*arguments, **named)
 
     monkeypatch.setattr(cumoe, "fused_experts", noted)
-    monkeypatch.setattr(gpu_timing.Stopwatch, "capture", lambda self, call: (call(), right_call(call))[1])
-    right_call = lambda call: call  # noqa: E731
-    text = "tokens=96,swapped=1,m_blocks=2,columns=96"
-    found = suite(parts=["layer"], num_tokens=[5], variants=[text])
-    assert [row["method"] for row in found.rows] == ["cumoe", "cumoe, plain weights", f"cumoe {text}"]
-    assert 96 in used
+    monkeypatch.setattr(gpu_timing.Stopwatch, "capture", lambda self, call: (call(), call)[1])
+    found = suite(parts=["layer"], num_tokens=[5], variants=["32"])
+    assert [row["method"] for row in found.rows] == ["cumoe", "cumoe, plain weights", "cumoe 32"]
+    assert False in used
 
 
 def test_what_memory_does_not_hold_is_skipped_and_said(suite, cupy):

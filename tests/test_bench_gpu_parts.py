@@ -194,19 +194,19 @@ def test_a_missing_library_is_named(monkeypatch):
 # -- tiles -----------------------------------------------------------------------------------------
 
 
-def test_tiles_are_forced_and_given_back():
+def test_a_tile_is_forced_and_given_back():
     launcher = importlib.import_module(gpu_tiles._LAUNCHER)
-    before = launcher.choose
-    with gpu_tiles.forced("tokens=96,swapped=1,m_blocks=2,columns=96"):
-        first, second = launcher.choose(1, 2)
-        assert first == second == launcher.Tile(96, True, 2, 96)
-    with (
-        pytest.raises(KeyError),
-        gpu_tiles.forced("tokens=8,swapped=1,m_blocks=1,columns=8 / tokens=128,swapped=1,m_blocks=2,columns=128"),
-    ):
-        assert [tile.tokens for tile in launcher.choose(1, 2)] == [8, 128]
+    before, tiles = launcher.block_rows, dict(launcher._TILES)
+    height = max(tiles)
+    with gpu_tiles.forced(str(height)):
+        assert launcher.block_rows(1, 2) == height
+    fields = ",".join(f"{name}={number}" for name, number in zip(launcher.Tile._fields, tiles[height], strict=True))
+    with pytest.raises(KeyError), gpu_tiles.forced(fields.replace(f"tokens={height}", "tokens=40")):
+        assert launcher.block_rows(1, 2) == 40
+        assert launcher._TILES[40] == tiles[height]._replace(tokens=40)
         raise KeyError
-    assert launcher.choose is before
+    assert launcher.block_rows is before
+    assert launcher._TILES == tiles
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,11 @@ def test_tiles_are_forced_and_given_back():
     [
         ("width=3", r"^variant must have words like tokens=8, of tokens, .*, got 'width=3'$"),
         ("tokens=x", r"got 'tokens=x'$"),
-        ("tokens=8", r"^variant must name swapped, m_blocks, columns too, got 'tokens=8'$"),
+        ("tokens=8", r"^variant must name m_blocks, .* too, got 'tokens=8'$"),
+        ("7", r"^variant must be one of the heights 8, .*, got 7$"),
     ],
 )
-def test_tiles_that_are_none_are_refused(text, message):
+def test_a_tile_that_is_none_is_refused(text, message):
     with pytest.raises(ValueError, match=message), gpu_tiles.forced(text):
         pass
 

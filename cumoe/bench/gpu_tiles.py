@@ -1,9 +1,8 @@
 """
-Tiles of the Hopper kernel by hand, for tuning: one text names the tiles of both products.
+A tile of the Hopper kernel by hand, for tuning.
 
-    tokens=96,swapped=1,m_blocks=2,columns=96 / tokens=96,swapped=0,m_blocks=2,columns=128,pingpong=1
-
-One half only serves both products. The names are the fields of the launcher's `Tile`.
+    96                                       the tile of this height in the launcher's table
+    tokens=96,m_blocks=2,groups=2,ctas=1     a tile of these fields, which are those of the launcher's `Tile`
 """
 
 import contextlib
@@ -16,20 +15,26 @@ _LAUNCHER = "cumoe.rawkernels._grouped_gemm_wgmma"
 
 @contextlib.contextmanager
 def forced(text: str) -> Iterator[None]:
-    """Make every call inside use these tiles, whatever its sizes."""
+    """Make every call inside use this tile, whatever its sizes."""
     launcher: Any = importlib.import_module(_LAUNCHER)
-    first, _, second = text.partition("/")
-    both = tile(launcher.Tile, first), tile(launcher.Tile, second or first)
-    choose = launcher.choose
-    launcher.choose = lambda *sizes, **named: both
+    chosen = tile(launcher.Tile, launcher._TILES, text)
+    block_rows, tiles = launcher.block_rows, dict(launcher._TILES)
+    launcher.block_rows = lambda *sizes, **named: chosen.tokens
+    launcher._TILES[chosen.tokens] = chosen
     try:
         yield
     finally:
-        launcher.choose = choose
+        launcher.block_rows = block_rows
+        launcher._TILES.clear()
+        launcher._TILES.update(tiles)
 
 
-def tile(kind: Any, text: str) -> Any:
-    """A tile from ``name=number`` words; a field without a default must be there."""
+def tile(kind: Any, known: dict[int, Any], text: str) -> Any:
+    """The known tile of a height, or a new one from ``name=number`` words."""
+    if text.isdigit():
+        if int(text) not in known:
+            raise ValueError(f"variant must be one of the heights {', '.join(map(str, sorted(known)))}, got {text}")
+        return known[int(text)]
     values: dict[str, int] = {}
     for word in text.split(","):
         name, _, number = word.strip().partition("=")
@@ -39,5 +44,5 @@ def tile(kind: Any, text: str) -> Any:
         values[name] = int(number)
     missing = [name for name in kind._fields if name not in values and name not in kind._field_defaults]
     if missing:
-        raise ValueError(f"variant must name {', '.join(missing)} too, got {text.strip()!r}")
+        raise ValueError(f"variant must name {', '.join(missing)} too, got {text!r}")
     return kind(**values)

@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant",
         nargs="+",
         default=(),
-        metavar="TILES",
-        help="further contenders: tiles of the Hopper kernel by hand, as cumoe/bench/gpu_tiles.py says",
+        metavar="TILE",
+        help="further contenders: a tile of the Hopper kernel by hand, as cumoe/bench/gpu_tiles.py says",
     )
 
 
