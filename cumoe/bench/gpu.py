@@ -123,7 +123,7 @@ class Suite:
         if self.problems:
             self.console.print(f"[red]{len(self.problems)} problems:[/red]")
             for problem in self.problems:
-                self.console.print(escape(problem))
+                self.console.print(escape(problem), highlight=False, soft_wrap=True)
         if self.rows:
             self.console.print(f"wrote {self.path}")
 
@@ -131,7 +131,7 @@ class Suite:
         self.ceilings[dtype] = gpu_ceilings.measure(self.stopwatch, dtype)
         for name, value in self.ceilings[dtype].facts().items():
             self.facts[f"{dtype} {name}"] = value
-            self.console.print(f"{dtype} {name}: {value}", highlight=False)
+            self.console.print(f"{dtype} {name}: {value}", highlight=False, soft_wrap=True)
 
     def _shape(self, shape: shapes.Shape, dtype: str) -> None:
         """All routings and token counts of one shape, for one set of weights."""
@@ -248,7 +248,7 @@ class Suite:
 
     def _keep(self, row: results.Row) -> None:
         self.rows.append(row)
-        self.console.print(gpu_tables.line(row), highlight=False)
+        self.console.print(gpu_tables.line(row), highlight=False, soft_wrap=True)
         results.write(self.path, self.facts, self.rows)
 
     def _free(self) -> None:
@@ -267,4 +267,4 @@ class Suite:
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             self.problems.append(f"{what}: {type(error).__name__}: {first_line}")
-            self.console.print(escape(self.problems[-1]), style="red", highlight=False)
+            self.console.print(escape(self.problems[-1]), style="red", highlight=False, soft_wrap=True)

@@ -1,5 +1,7 @@
 """
-A tile of the Hopper kernel by hand, for tuning.
+A tile of the Hopper kernel by hand, for tuning: each text is one more contender of
+
+    cumoe bench --suite gpu --parts layer --peers none --seconds 0 --shapes NAME --tokens T --variant TEXT ...
 
     96                                       the tile of this height in the launcher's table
     tokens=96,m_blocks=2,groups=2,ctas=1     a tile of these fields, which are those of the launcher's `Tile`
