@@ -2,7 +2,8 @@
 The kernels that the launchers will ask for, and what the assembler said about each.
 
 Every launcher (a module of this package without an underscore) may have ``variants(arch)``, which gives
-``(file, entry point, constants)`` for the default dtypes and the common activations.
+``(file, entry point, constants)`` for the default dtypes and the common activations. The kernels in Python are all
+listed by `_numba`.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from cumoe import rawkernels
-from cumoe.rawkernels import _compile
+from cumoe.rawkernels import _compile, _numba
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -38,25 +39,27 @@ class Usage(NamedTuple):
 def default(arch, dtypes=DTYPES):
     """All variants that the launchers list for `arch`, without those that name other dtypes only."""
     found = {}
-    for module in pkgutil.iter_modules(rawkernels.__path__):
-        if module.name.startswith("_"):
-            continue
-        listed = getattr(importlib.import_module(f"{rawkernels.__name__}.{module.name}"), "variants", lambda _: ())
-        for file, entry, constants in listed(arch):
-            named = set(DTYPES) & set(map(str, constants.values()))
-            if not named or named & set(dtypes):
-                alone = entry if file.endswith(".py") else ""  # Numba compiles each for itself
-                entries = found.setdefault((file, tuple(sorted(constants.items())), alone), [])
-                if entry not in entries:
-                    entries.append(entry)
+    for file, entry, constants in _listed(arch):
+        named = set(DTYPES) & set(map(str, constants.values()))
+        if not named or named & set(dtypes):
+            alone = entry if file.endswith(".py") else ""  # Numba compiles each for itself
+            entries = found.setdefault((file, tuple(sorted(constants.items())), alone), [])
+            if entry not in entries:
+                entries.append(entry)
     return [Variant(file, tuple(entries), constants) for (file, constants, _), entries in found.items()]
+
+
+def _listed(arch):
+    for module in pkgutil.iter_modules(rawkernels.__path__):
+        if not module.name.startswith("_"):
+            launcher = importlib.import_module(f"{rawkernels.__name__}.{module.name}")
+            yield from getattr(launcher, "variants", lambda _: ())(arch)
+    yield from _numba.variants()
 
 
 def compiled(variant, arch, root=None):
     """Compile a variant, or read it from the disk; `root` stands for CuPy's cache folder."""
     if variant.file.endswith(".py"):
-        from cumoe.rawkernels import _numba
-
         return _numba.compiled(variant.file, *variant.entries, arch, dict(variant.constants), root)
     return _compile.compiled(variant.file, arch, dict(variant.constants), root)
 

@@ -23,6 +23,7 @@ def kernels(tmp_path, monkeypatch):
     launcher = type("Launcher", (), {"variants": staticmethod(lambda arch: listed)})
     monkeypatch.setattr(_compile, "_HERE", tmp_path)
     monkeypatch.setattr(_variants.pkgutil, "iter_modules", lambda path: [type("M", (), {"name": "launcher"})])
+    monkeypatch.setattr(_variants._numba, "variants", lambda: ())
     monkeypatch.setattr(_variants.importlib, "import_module", lambda name: launcher)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     _compile.source.cache_clear()
