@@ -13,6 +13,7 @@ even imported.
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import re
 import threading
 from pathlib import Path
@@ -102,3 +103,31 @@ def versions():
     except importlib.metadata.PackageNotFoundError:
         return None
     return linker and f"numba-cuda-{numba}-{linker}"
+
+
+def variants():
+    """Every kernel that the launchers ask for, under every choice of its constants: (file, name, constants)."""
+    kinds = {"ID": ("int32", "uint32", "int64"), "COUNT": ("int32", "int64"), "UNIT": _UNITS}
+    kinds |= dict.fromkeys(("SEVERAL", "OFFSETS", "FIRST", "SCATTER"), (False, True))
+    for file, name, *constants in _KERNELS:
+        for chosen in itertools.product(*(kinds[constant] for constant in constants)):
+            yield file, name, dict(zip(constants, chosen, strict=True))
+
+
+_UNITS = ("bytes16", "uint64", "uint32", "uint16", "uint8")
+_KERNELS = (
+    ("_few_kernels.py", "sort_few", "ID"),
+    ("_sort_kernels.py", "count_pairs", "ID"),
+    ("_sort_kernels.py", "sort_pairs", "ID", "SEVERAL"),
+    ("_tile_kernels.py", "list_tiles", "COUNT", "OFFSETS"),
+    ("_layout_kernels.py", "pad_rows"),
+    ("_layout_kernels.py", "pad_blocks"),
+    ("_layout_kernels.py", "pad_shelves"),
+    ("_layout_kernels.py", "shelve_pairs", "ID"),
+    ("_layout_kernels.py", "count_tokens", "ID"),
+    ("_layout_kernels.py", "name_experts", "ID"),
+    ("_copy_kernels.py", "copy_rows", "UNIT", "SCATTER"),
+    ("_wide_kernels.py", "take_digits", "ID", "FIRST"),
+    ("_wide_kernels.py", "follow", "FIRST"),
+    ("_wide_kernels.py", "finish", "ID"),
+)

@@ -5,7 +5,18 @@ import numpy as np
 
 def on(xp, array):
     """Copy a NumPy array to `xp`; None stays None."""
-    return None if array is None else xp.asarray(array)
+    if array is None or xp is np or not _is_label(array.dtype):
+        return array if array is None else xp.asarray(array)
+    return xp.asarray(bits(array)).view(array.dtype)  # CuPy cannot convert what it holds as a label only
+
+
+def bits(array):
+    """The same memory, small floats as unsigned integers of their size: what CuPy can index and copy."""
+    return array.view(f"u{array.dtype.itemsize}") if _is_label(array.dtype) else array
+
+
+def _is_label(dtype):
+    return dtype.kind == "V" or (dtype.kind == "f" and dtype.itemsize == 1)
 
 
 def back(array):

@@ -206,9 +206,8 @@ def test_tma_aligned_scale(xp, shape):
         np.testing.assert_array_equal(codes, exponents[..., column] + 127)
     if shape[-1] % 4 and scale.size:
         assert (words[..., -1] >> 8 * (shape[-1] % 4) == 0).all()
-    again = cumoe.tma_aligned_scale(
-        xp.asarray((exponents + 127).astype(np.uint8).view("float8_e8m0fnu")), pack_ue8m0=True
-    )
+    codes = (exponents + 127).astype(np.uint8).view("float8_e8m0fnu")
+    again = cumoe.tma_aligned_scale(on(xp, codes), pack_ue8m0=True)
     assert_equal([again], [back(packed)])
 
 
@@ -225,7 +224,7 @@ def test_contiguous_form(xp):
             arguments = on(xp, rows), on(xp, weights), on(xp, ids)
             out = cumoe.topk_weight_and_reduce(*arguments, apply_router_weight_on_input=on_input)
             assert ratio(back(out), expected).max() <= 1
-            given_out = xp.full_like(out, 7)
+            given_out = on(xp, np.full(out.shape, 7, out.dtype))
             same = cumoe.topk_weight_and_reduce(*arguments, apply_router_weight_on_input=on_input, out=given_out)
             assert same is given_out and back(same).tobytes() == back(out).tobytes()
             assert (back(out)[2] == 0).all()

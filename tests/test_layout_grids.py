@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 import pytest
-from sides import assert_equal, back
+from sides import assert_equal, back, bits, on
 
 import cumoe
 from cumoe.reference import align as align_reference
@@ -107,19 +107,20 @@ def test_permute_and_unpermute(xp, num_tokens, hidden_size, dtype):
     """Indices all, rows and sums sampled: 64 of each."""
     rng = np.random.default_rng(0)
     x = draw((num_tokens, hidden_size), dtype)
+    given_x = on(xp, x)
     for num_experts, top_k, ep_size in itertools.product((16, 64, 256), (2, 6, 8), (1, 4, 16)):
         num_local, rank = num_experts // ep_size, ep_size - 1
         expert_map = local_map(num_experts, ep_size, rank)
         ids = draw_ids(num_tokens, top_k, num_experts)
         offsets, idx, inv = permute_reference.sort_by_expert(ids, num_local, expert_map)
         rows, _, *indices = cumoe.moe_permute(
-            xp.asarray(x), None, xp.asarray(ids), num_experts, num_local, xp.asarray(expert_map)
+            given_x, None, xp.asarray(ids), num_experts, num_local, xp.asarray(expert_map)
         )
         assert_equal(indices, [offsets, inv, idx])
         assert rows.shape == (num_tokens * top_k, hidden_size)
         filled = int(offsets[-1])
         some = rng.integers(0, filled, min(filled, 64)) if filled else np.zeros(0, int)
-        assert back(rows)[some].tobytes() == x[idx[some] // top_k].tobytes()
+        assert back(bits(rows)[xp.asarray(some)]).tobytes() == x[idx[some] // top_k].tobytes()
         if dtype == "bfloat16":
             weights = rng.random((num_tokens, top_k), np.float32)
             out = cumoe.moe_unpermute(rows, xp.asarray(weights), indices[1], indices[0])
@@ -132,10 +133,10 @@ def test_permute_and_unpermute(xp, num_tokens, hidden_size, dtype):
 
 # -- the sums ---------------------------------------------------------------------------------------
 
-SUM_VIEWS = {
-    "contiguous": lambda m, k, h, dtype: draw((m, k, h), dtype),
-    "transposed": lambda m, k, h, dtype: draw((k, m, h), dtype).transpose(1, 0, 2),
-    "sliced": lambda m, k, h, dtype: draw((m, 2 * k, h + 16), dtype)[:, ::2, 8:-8],
+SUM_VIEWS = {  # shape in memory, and the view of it
+    "contiguous": (lambda m, k, h: (m, k, h), lambda x: x),
+    "transposed": (lambda m, k, h: (k, m, h), lambda x: x.transpose(1, 0, 2)),
+    "sliced": (lambda m, k, h: (m, 2 * k, h + 16), lambda x: x[:, ::2, 8:-8]),
 }
 
 
@@ -143,12 +144,13 @@ SUM_VIEWS = {
 @pytest.mark.parametrize("view", SUM_VIEWS)
 def test_moe_sum(xp, view, dtype):
     for num_tokens, top_k, hidden_size in itertools.product((1, 33, 222), (2, 6, 8), (128, 511, 1024)):
-        x = SUM_VIEWS[view](num_tokens, top_k, hidden_size, dtype)
+        shape, cut = SUM_VIEWS[view]
+        memory = draw(shape(num_tokens, top_k, hidden_size), dtype)
+        x, given = cut(memory), cut(on(xp, memory))
         ids, expert_map = draw_ids(num_tokens, top_k, 16), local_map(16, 2, 0)
         for arguments in ((), (ids,), (ids, expert_map)):
             used = unpermute_reference.used_choices(num_tokens, top_k, *(*arguments, None, None)[:2])
             expected = unpermute_reference.weighted_sum(x, None, used)
-            given = x if xp is np else xp.asarray(x)
             assert_close(cumoe.moe_sum(given, *map(xp.asarray, arguments)), expected, 2e-2)
 
 
@@ -162,7 +164,7 @@ def test_moe_fused_mul_sum(xp, dtype, tolerance):
         for arguments in ((), (ids, expert_map)):
             used = unpermute_reference.used_choices(num_tokens, top_k, *(*arguments, None, None)[:2])
             expected = unpermute_reference.weighted_sum(x, weights, used)
-            out = cumoe.moe_fused_mul_sum(xp.asarray(x), xp.asarray(weights), *map(xp.asarray, arguments))
+            out = cumoe.moe_fused_mul_sum(on(xp, x), xp.asarray(weights), *map(xp.asarray, arguments))
             assert_close(out, expected, tolerance)
 
 
