@@ -40,6 +40,8 @@ def grouped_gemm(
     limit,
     dtype,
     kernel,
+    schedule,
+    block_rows,
     out,
 ):
     """
@@ -50,7 +52,7 @@ def grouped_gemm(
     which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
     (E, N, K) or packed (`pack.panel_shape`), `activation` "" or a name of `act.SCALAR`;
     `dtype` names what the bits of `x`, `weights` and `out` mean.
-    Rows outside every expert are neither read nor written.
+    Rows outside every expert are neither read nor written. `schedule` and `block_rows` are for the GPU side.
     """
     kern = microkernel.choose(dtype, kernel)
     gated = bool(activation) and not activation.endswith("_no_mul")
@@ -68,7 +70,7 @@ def grouped_gemm(
     if not len(tasks):
         return
     workers = min(workers, len(tasks))
-    block_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
+    task_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
     packed = weights.ndim == 5
     problem = _Problem(
         x,
@@ -88,12 +90,22 @@ def grouped_gemm(
         np.float32(limit),
         out,
     )
-    row_blocks = np.empty((workers, block_rows * k_padded), row_dtype)
+    row_blocks = np.empty((workers, task_rows * k_padded), row_dtype)
     panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), weights.dtype)
-    sums = np.empty((workers, 2, block_rows, kern.columns // 2), np.float32)
-    codes = np.empty((workers, block_rows * kern.columns // 2), out.dtype)
+    sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
+    codes = np.empty((workers, task_rows * kern.columns // 2), out.dtype)
     _loop(kern, dtype, activation)(problem, tasks, np.zeros(1, np.int64), row_blocks, panel_blocks, sums, codes)
     _threads.warn_if_slow()
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+    """Rows of a block in the list that `permute` makes; 0: this side needs no list."""
+    return 0
+
+
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+    """Lines that say which tiles a call uses and why; tasks are cut when the rows are known, so none."""
+    return ()
 
 
 class _Problem(NamedTuple):

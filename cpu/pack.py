@@ -15,15 +15,30 @@ from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
 
-def best_kernel(dtype):
+def kernel_names():
+    """Names of all micro-kernels of this side, fastest first."""
+    return tuple(microkernel.NEEDS)
+
+
+def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
+    """Why the micro-kernel `kernel` cannot multiply weights of `dtype` here; None if it can. It takes all sizes."""
+    return microkernel.refusal(kernel, dtype)
+
+
+def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled):
     """Name of the fastest micro-kernel here for weights of `dtype`."""
     return microkernel.names(dtype)[0]
 
 
-def refused_kernels(dtype):
+def refused_kernels(dtype, hidden_size, intermediate_size, aligned, scaled):
     """Why each faster micro-kernel is not used."""
     reasons = (microkernel.refusal(name, dtype) for name in microkernel.NEEDS)
     return tuple(reason for reason in reasons if reason)
+
+
+def same_layout(kernel, other):
+    """Whether weights packed for one micro-kernel serve the other too."""
+    return kernel == other
 
 
 def panel_shape(weights_shape, dtype, kernel, gated):

@@ -6,10 +6,13 @@ cannot exist before its module is imported, so `sys.modules` answers that questi
 anything.
 """
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import ml_dtypes  # noqa: F401  registers "bfloat16" and the small floats as NumPy dtype names
 import numpy as np
@@ -17,6 +20,9 @@ import numpy as np
 from cumoe import _dlpack
 
 Array = Any  # a NumPy, CuPy or DLPack array; checked at run time
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class Side(NamedTuple):
@@ -39,10 +45,30 @@ class Side(NamedTuple):
         """
         for inside, outside in self.given:
             if array is inside:
-                if self.foreign is not None and self.xp is not np:
+                if self.foreign is not None and self.xp is not np and _dlpack.stream_wish(self.foreign) != -1:
                     _dlpack.export_like(array, self.foreign)  # makes the caller's stream wait for ours
                 return outside
         return array if self.foreign is None else _dlpack.export_like(array, self.foreign)
+
+
+def on_callers_stream(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """
+    Make a public function run on the stream that the library of its tensors works on.
+
+    Kernels, copies and allocations go to CuPy's current stream. For CuPy arrays that is the caller's
+    own. torch has another; without this, each call would make one stream wait for the other, twice,
+    which costs time and cannot be captured in a graph.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
+        stream = _dlpack.stream_of_first((*arguments, *keywords.values()))
+        if stream is None:
+            return function(*arguments, **keywords)
+        with stream:
+            return function(*arguments, **keywords)
+
+    return run
 
 
 def enter(**arrays: Array) -> tuple[Side, list[Array]]:
@@ -58,12 +84,13 @@ def enter(**arrays: Array) -> tuple[Side, list[Array]]:
             "arguments must be all NumPy arrays, all CuPy arrays or all of one DLPack library, got " + _listed(kinds)
         )
     kind = next(iter(kinds.values()), "numpy")
-    inside = [None if array is None else _take_in(name, array, kind) for name, array in arrays.items()]
-    places = {name: _place(array) for name, array in zip(arrays, inside, strict=True) if array is not None}
+    foreign = None if kind in ("numpy", "cupy") else next(array for array in arrays.values() if array is not None)
+    stream = None if foreign is None else _dlpack.stream_wish(foreign)
+    inside = [None if array is None else _take_in(name, array, kind, stream) for name, array in arrays.items()]
+    places = {name: place(array) for name, array in zip(arrays, inside, strict=True) if array is not None}
     if len(set(places.values())) > 1:
         raise TypeError("arguments must be on one device, got " + _listed(places))
-    xp = np if next(iter(places.values()), "cpu") == "cpu" else sys.modules["cupy"]
-    foreign = None if kind in ("numpy", "cupy") else next(array for array in arrays.values() if array is not None)
+    xp = np if next(iter(places.values()), "cpu") == "cpu" else _current_cupy(places)
     pairs = zip(inside, arrays.values(), strict=True)
     return Side(xp, foreign, tuple((taken, array) for taken, array in pairs if taken is not array)), inside
 
@@ -78,11 +105,11 @@ def _kind(name: str, array: Array) -> str:
     raise TypeError(f"{name} must be a NumPy, CuPy or DLPack array, got {type(array).__name__}; use numpy.asarray")
 
 
-def _take_in(name: str, array: Array, kind: str) -> Array:
+def _take_in(name: str, array: Array, kind: str, stream: int | None) -> Array:
     if kind == "cupy":
         return array
     if kind != "numpy":
-        return _dlpack.from_dlpack(array, name)
+        return _dlpack.from_dlpack(array, name, stream)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got MaskedArray; its mask would be ignored, use {name}.filled")
     if not array.dtype.isnative:
@@ -90,18 +117,59 @@ def _take_in(name: str, array: Array, kind: str) -> Array:
     return np.asarray(array)  # a subclass (memmap, matrix) as what it is in memory
 
 
-def _place(array: Array) -> str:
-    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+def place(array: Array) -> str:
+    """Where a NumPy or CuPy array lies: "cpu", "cuda:0" and so on."""
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.data.device_id}"
+
+
+def _current_cupy(places: dict[str, str]) -> ModuleType:
+    """CuPy, on whose current device the arrays must lie: kernels are launched there."""
+    cupy = sys.modules["cupy"]
+    current = f"cuda:{cupy.cuda.runtime.getDevice()}"
+    if current not in places.values():
+        raise ValueError(f"arguments must be on the current device {current}, got {_listed(places)}")
+    return cupy
 
 
 def _listed(names: dict[str, str]) -> str:
     return ", ".join(f"{name}: {what}" for name, what in names.items())
 
 
+def namespace(device: str) -> ModuleType:
+    """The array module of "cpu", "cuda" or "cuda:0"; raise if there is no such device."""
+    kind, _, number = device.partition(":") if isinstance(device, str) else (device, "", "")
+    if kind == "cpu" and not number:
+        return np
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError("CUDA arrays need CuPy: pip install 'cumoe[cuda13]' or 'cumoe[cuda12]'") from error
+    if not cupy.cuda.is_available():
+        raise RuntimeError(f"device {device!r} needs a CUDA device and its driver, there is none here")
+    if int(number or 0) >= cupy.cuda.runtime.getDeviceCount():
+        raise ValueError(f"device must be one of {cupy.cuda.runtime.getDeviceCount()} here, got {device!r}")
+    return cupy
+
+
+def device_scope(device: str) -> AbstractContextManager[Any]:
+    """Make the device of "cuda:1" the current one for a while; the others are there, or current, already."""
+    number = device.partition(":")[2]
+    return namespace(device).cuda.Device(int(number)) if number else nullcontext()
+
+
+@functools.cache
 def room(xp: ModuleType, name: str) -> ModuleType:
     """Import the room `name` of the side that works on arrays of `xp`."""
     side = "cpu" if xp is np else "rawkernels"
     return importlib.import_module(f"cumoe.{side}.{name}")
+
+
+def zeros(xp: ModuleType, shape: tuple[int, ...], dtype: Any) -> Array:
+    """New zeros of any dtype; CuPy cannot make those that it holds as labels only, the float8 family."""
+    is_small_float = dtype.kind == "V" or (dtype.kind == "f" and dtype.itemsize < 4)
+    return xp.zeros(shape, f"u{dtype.itemsize}").view(dtype) if is_small_float else xp.zeros(shape, dtype)
 
 
 def bits(array: Array) -> Array:

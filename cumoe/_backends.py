@@ -1,13 +1,13 @@
 """Who can run a layer: one function a candidate, which gives its reason not to, or None."""
 
-import importlib.util
 from collections.abc import Callable
 
-from cumoe import _check
+from cumoe import _arrays, _check
 from cumoe._quant_desc import dtype_name
 from cumoe.config import FusedMoEConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
+_LEAST_CAPABILITY = 80
 
 
 def _device_type(moe: FusedMoEConfig) -> str:
@@ -26,8 +26,15 @@ def _why_not_rawkernels(moe: FusedMoEConfig) -> str | None:
     """Reason why the kernels of `cumoe.rawkernels` cannot run the layer, or None."""
     if _device_type(moe) != "cuda":
         return f"device is {str(moe.device)!r}, it runs on cuda"
-    if importlib.util.find_spec("cumoe.rawkernels.grouped_gemm") is None:
-        return "it has no grouped_gemm"
+    device = str(moe.device)
+    try:
+        cupy = _arrays.namespace(device)
+    except (ImportError, RuntimeError, ValueError) as error:
+        return str(error)
+    with _arrays.device_scope(device):
+        capability = int(cupy.cuda.Device().compute_capability)
+    if capability < _LEAST_CAPABILITY:
+        return f"the device has compute capability {capability / 10}, its kernels need {_LEAST_CAPABILITY / 10}"
     return _why_not_anywhere(moe)
 
 

@@ -10,6 +10,7 @@ from cumoe._arrays import Array
 _LARGEST = 2**31 - 1  # slots are int32
 
 
+@_arrays.on_callers_stream
 def moe_batch(
     hidden_states: Array,
     topk_ids: Array,
@@ -111,7 +112,7 @@ def moe_batch(
     xp, room = side.xp, _arrays.room(side.xp, "batched")
     shape = num_local, capacity, x.shape[1]
     if given is None:
-        batched = xp.zeros(shape, x.dtype)
+        batched = _arrays.zeros(xp, shape, x.dtype)
     else:
         _check.output("out", given, "(E_l, slots, H)", shape, x.dtype.name, hidden_states=x, topk_ids=ids)
         batched = given
@@ -127,14 +128,16 @@ def moe_batch(
     if scale is None:
         return results
     per_token = scale.ndim == 2 and len(scale) == len(x)
-    batched_scale = xp.zeros((num_local, capacity, scale.shape[1]) if per_token else (num_local, 1, 1), scale.dtype)
+    shape = (num_local, capacity, scale.shape[1]) if per_token else (num_local, 1, 1)
+    batched_scale = _arrays.zeros(xp, shape, scale.dtype)
     if per_token:
         room.scatter_rows(_bytes(scale), slots, _rows(batched_scale))
     else:
-        batched_scale[...] = scale.reshape(())
+        _arrays.bits(batched_scale)[...] = _arrays.bits(scale).reshape(())
     return *results, side.leave(batched_scale)
 
 
+@_arrays.on_callers_stream
 def moe_unbatch(
     batched: Array,
     topk_weights: Array | None,

@@ -1,5 +1,6 @@
-"""One call of the layer: its arguments checked, its scratch allocated, its steps in order."""
+"""One call of the layer: its arguments checked, its scratch shared out, its steps in order."""
 
+import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -8,8 +9,10 @@ import numpy as np
 
 from cumoe import _arrays, _check, _plan
 from cumoe._arrays import Array
-from cumoe._experts import Experts, take_experts
+from cumoe._experts import Experts, make_experts, weight_arrays
+from cumoe._kernel_choice import choose_kernel, rows_are_aligned
 from cumoe._prepare import PreparedExperts
+from cumoe._workspace import Workspace, given_workspace
 
 _IDS = ("int32", "int64", "uint32")
 _WEIGHTS = ("float32", "float64", "float16", "bfloat16")
@@ -22,6 +25,7 @@ class Scratch(NamedTuple):
     expert_first_token_offset: Any  # (E + 1,) int64
     permuted_idx: Any  # (T*k,) int32, row -> pair
     inv_permuted_idx: Any  # (T, k) int32, pair -> row, -1 if skipped
+    schedule: Any  # int32, which rows of which expert belong together; empty on the CPU
     activated: Any  # (T*k, I)
     rows: Any  # (T*k, H)
 
@@ -37,17 +41,28 @@ class Piece(NamedTuple):
     expert_map: Any
     on_input: bool | str
     scratch: Scratch
+    block_rows: int
     out: Any
 
     def sort(self) -> None:
-        """Sort the pairs by expert."""
+        """Sort the pairs by expert, and list which rows belong together."""
+        if self.topk_ids.size == 0:  # k = 0: nothing to sort or to multiply
+            return
         s = self.scratch
         _arrays.room(self.xp, "permute").sort_by_expert(
-            self.topk_ids, self.expert_map, s.expert_first_token_offset, s.permuted_idx, s.inv_permuted_idx
+            self.topk_ids,
+            self.expert_map,
+            s.expert_first_token_offset,
+            s.permuted_idx,
+            s.inv_permuted_idx,
+            s.schedule,
+            self.block_rows,
         )
 
     def first_product(self) -> None:
         """First product, with gather, bias and activation."""
+        if self.topk_ids.size == 0:
+            return
         e, s = self.experts, self.scratch
         weights, nothing = self.topk_weights.reshape(-1), self.topk_weights.reshape(-1)[:0]
         _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
@@ -66,11 +81,15 @@ class Piece(NamedTuple):
             e.limit,
             e.dtype,
             e.kernel,
+            s.schedule,
+            self.block_rows,
             s.activated,
         )
 
     def second_product(self) -> None:
         """Second product, with bias and router weight."""
+        if self.topk_ids.size == 0:
+            return
         e, s = self.experts, self.scratch
         weights = self.topk_weights.reshape(-1)
         _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
@@ -89,6 +108,8 @@ class Piece(NamedTuple):
             0.0,
             e.dtype,
             e.kernel,
+            s.schedule,
+            self.block_rows,
             s.rows,
         )
 
@@ -110,21 +131,24 @@ class Call(NamedTuple):
     expert_map: Any
     on_input: bool | str
     out: Any
-    tokens_per_piece: int
+    workspace: Workspace | None
+    shares: _plan.Shares
 
     def pieces(self) -> Iterator[Piece]:
-        """The tokens, as many at a time as the workspace holds; scratch is allocated once."""
+        """The tokens, as many at a time as the workspace holds."""
         xp, e, (num_tokens, top_k) = self.side.xp, self.experts, self.topk_ids.shape
         if num_tokens == 0:
             return
-        most = min(self.tokens_per_piece, num_tokens)
+        most = min(self.shares.tokens_per_piece, num_tokens)
         bits = np.float32 if e.dtype == "float32" else np.uint16
+        empty = xp.empty if self.workspace is None else self.workspace.take
         scratch = Scratch(
-            xp.empty(e.num_experts + 1, np.int64),
-            xp.empty(most * top_k, np.int32),
-            xp.empty((most, top_k), np.int32),
-            xp.empty((most * top_k, e.intermediate_size), bits),
-            xp.empty((most * top_k, e.hidden_size), bits),
+            empty((e.num_experts + 1,), np.int64),
+            empty((most * top_k,), np.int32),
+            empty((most, top_k), np.int32),
+            empty((self.shares.schedule_size,), np.int32),
+            empty((most * top_k, e.intermediate_size), bits),
+            empty((most * top_k, e.hidden_size), bits),
         )
         for first in range(0, num_tokens, most):
             last = min(first + most, num_tokens)
@@ -141,9 +165,11 @@ class Call(NamedTuple):
                     scratch.expert_first_token_offset,
                     scratch.permuted_idx[:rows],
                     scratch.inv_permuted_idx[: last - first],
+                    scratch.schedule,
                     scratch.activated[:rows],
                     scratch.rows[:rows],
                 ),
+                self.shares.block_rows,
                 _arrays.bits(self.out)[first:last],
             )
 
@@ -166,20 +192,28 @@ def enter_call(
     out: Array | None,
     check: bool,
     workspace_limit: int | None,
+    workspace: Array | None = None,
+    backend: str | None = None,
 ) -> Call:
     """Check everything once; nothing after this looks at an argument again."""
-    arrays = {
-        "hidden_states": hidden_states,
-        "topk_weights": topk_weights,
-        "topk_ids": topk_ids,
-        "expert_map": expert_map,
-        "out": out,
-    }
-    if isinstance(w1, PreparedExperts):
-        experts = _prepared(w1, w2, activation, quant_config)
-        side, (x, weights, ids, expert_map, out) = _arrays.enter(**arrays)
-    else:
-        side, experts, x, weights, ids, expert_map, out = take_experts(w1, w2, activation, quant_config, **arrays)
+    is_prepared = isinstance(w1, PreparedExperts)
+    side, inside = _arrays.enter(
+        **({} if is_prepared else weight_arrays(w1, w2, quant_config)),
+        hidden_states=hidden_states,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        expert_map=expert_map,
+        out=out,
+        workspace=workspace,
+    )
+    x, weights, ids, expert_map, out, workspace = inside[-6:]
+    space = None if workspace is None else given_workspace(side.xp, workspace)
+    lent = contextlib.nullcontext if space is None else space.lent
+    with lent():
+        if isinstance(w1, PreparedExperts):
+            experts = _prepared(x, w1, w2, activation, quant_config)
+        else:
+            experts = make_experts(side.xp, inside[:4], activation, quant_config, x)
     _check.choice("apply_router_weight_on_input", on_input, ON_INPUT)
     _check.ndim("hidden_states", x, "(T, H)", 2)
     _check.ndim("topk_ids", ids, "(T, k)", 2)
@@ -194,25 +228,42 @@ def enter_call(
     num_global = _global_experts(experts, expert_map, global_num_experts)
     if check:
         _check_values(x, weights, ids, expert_map, num_global, experts.num_experts)
+    inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "w1": experts.w1, "w2": experts.w2}
+    inputs["expert_map"] = expert_map
     if out is None:
         out = side.xp.empty((num_tokens, hidden_size), x.dtype)
     else:
-        inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "w1": experts.w1, "w2": experts.w2}
-        inputs["expert_map"] = expert_map
         _check.output("out", out, "(T, H)", (num_tokens, hidden_size), experts.dtype, **inputs)
-    tokens_per_piece = _plan.tokens_per_piece(
-        workspace_limit, num_tokens, top_k, experts.num_experts, hidden_size, experts.intermediate_size, experts.dtype
-    )
-    return Call(
-        side,
-        _arrays.bits(x),
-        experts,
-        _arrays.bits(weights.astype(np.float32, copy=False)),
-        _arrays.bits(ids),
-        side.xp.empty(0, np.int32) if expert_map is None else _arrays.bits(expert_map),
-        on_input,
-        out,
-        tokens_per_piece,
+    if workspace is not None:
+        _check.no_overlap("workspace", workspace, **inputs)
+        _check.no_overlap("out", out, workspace=workspace)
+    with lent():
+        x = _arrays.bits(x)
+        weights = _arrays.bits(weights.astype(np.float32, copy=False))
+        ids = _arrays.bits(ids)
+        expert_map = side.xp.empty(0, np.int32) if expert_map is None else _arrays.bits(expert_map)
+    if backend is not None or side.xp is not np:
+        experts = experts._replace(kernel=_kernel(side.xp, experts, backend, on_input, is_prepared, x, out))
+    sizes = _plan.Sizes(top_k, experts.num_experts, hidden_size, experts.intermediate_size, experts.dtype)
+    shares = _plan.share_out(side.xp, experts.kernel, num_tokens, sizes, workspace_limit)
+    if space is not None and num_tokens:
+        space.must_hold(_plan.scratch_bytes(sizes, shares))
+    return Call(side, x, experts, weights, ids, expert_map, on_input, out, space, shares)
+
+
+def _kernel(
+    xp: ModuleType, experts: Experts, backend: str | None, on_input: bool | str, is_prepared: bool, x: Array, out: Array
+) -> str:
+    """The kernel for the arrays of this call."""
+    return choose_kernel(
+        xp,
+        backend,
+        experts.dtype,
+        experts.hidden_size,
+        experts.intermediate_size,
+        experts.aligned and (xp is np or rows_are_aligned(x, out)),
+        on_input in (True, "hidden_states"),
+        experts.kernel if is_prepared else None,
     )
 
 
@@ -256,13 +307,15 @@ def _length(array: Any, num_axes: int) -> int | None:
     return int(shape[0]) if len(shape) == num_axes else None
 
 
-def _prepared(w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
+def _prepared(x: Array, w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
     if w2 is not None:
         raise TypeError(f"w2 must be None when w1 is PreparedExperts, got {type(w2).__name__}")
     if quant_config is not None:
         raise ValueError("quant_config must be None when w1 is PreparedExperts; pass it to cumoe.prepare")
     if activation not in ("silu", w1.activation):
         raise ValueError(f"activation must be that of w1 = {w1.activation!r}, got {activation!r}; prepare w1 for it")
+    if x is not None and _arrays.place(x) != w1.device:
+        raise TypeError(f"hidden_states must be where w1 was prepared = {w1.device}, got {_arrays.place(x)}")
     return w1.experts
 
 

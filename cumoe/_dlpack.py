@@ -9,6 +9,7 @@ overwritten before anybody sees it. So every deleter is the producer's own C cod
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  registers the names of the small floats
@@ -95,12 +96,13 @@ def library(x: Any) -> Any:
     return None
 
 
-def from_dlpack(x: Any, name: str = "array") -> Any:
+def from_dlpack(x: Any, name: str = "array", stream: int | None = None) -> Any:
     """
     View the memory of any DLPack producer as a NumPy array (host memory) or a CuPy array (CUDA).
 
     No copy. Small floats get their ml_dtypes dtype, packed fp4 pairs come in as uint8. The result is
-    read-only where the producer says so, and it keeps the producer's memory alive.
+    read-only where the producer says so, and it keeps the producer's memory alive. `stream` is what
+    `stream_wish` gave for an array of the same library.
     """
     try:
         kind, index = x.__dlpack_device__()
@@ -109,7 +111,9 @@ def from_dlpack(x: Any, name: str = "array") -> Any:
     if kind not in (_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED):
         raise TypeError(f"{name} must be in host or CUDA memory, got DLPack device type {int(kind)}; copy it first")
     on_host = kind in (_CPU, _CUDA_HOST)
-    capsule = _export(x, name, {} if on_host else {"stream": _current_stream()})
+    if not on_host:
+        _must_be_current(name, index)
+    capsule = _export(x, name, {} if on_host else {"stream": stream_wish(x) if stream is None else stream})
     tensor, read_only = _open(capsule)
     key = (tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     if key not in _DTYPES:
@@ -123,12 +127,50 @@ def from_dlpack(x: Any, name: str = "array") -> Any:
     bits = np.dtype(f"u{dtype.itemsize}") if dtype.name in _SMALL_FLOATS else dtype
     if on_host:
         return _at(address, shape, strides, bits, read_only, owner=capsule).view(dtype)
-    cupy = sys.modules["cupy"]
+    cupy = _cupy()
     reach = sum((extent - 1) * abs(step) for extent, step in zip(shape, strides or (), strict=False))
     num_bytes = reach + dtype.itemsize if strides else int(np.prod(shape)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, max(1, num_bytes), capsule, index)
     array = cupy.ndarray(shape, bits, cupy.cuda.MemoryPointer(memory, 0), strides=strides)
     return array if bits is dtype else array.view(dtype)
+
+
+def stream_wish(x: Any) -> int | None:
+    """
+    What to ask of a producer of CUDA memory: our stream, or -1 where its library works on that one anyway.
+
+    -1 costs nothing, and nothing else may be asked while a graph is captured. None: not CUDA memory.
+    """
+    try:
+        if x.__dlpack_device__()[0] not in (_CUDA, _CUDA_MANAGED):
+            return None
+    except (BufferError, ValueError):
+        return None
+    ours = _current_stream()
+    return -1 if _stream_of(x) == ours else ours
+
+
+def stream_of_first(values: Iterable[Any]) -> Any:
+    """Return the stream that the library of the first CUDA tensor works on, as a CuPy stream; None: it has none."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            stream = torch.cuda.current_stream(value.device)
+            streams = _cupy().cuda.Stream
+            return streams.from_external(_Stream(stream)) if stream.cuda_stream else streams.null
+    return None
+
+
+class _Stream:
+    """A stream of torch under the protocol that CuPy knows; older ones do not speak it themselves."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream  # kept alive
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream.cuda_stream
 
 
 def writeable_alias(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -155,6 +197,8 @@ class _Exporter:
 
     def __dlpack__(self, **wishes: Any) -> Any:
         dtype = self._array.dtype
+        if wishes.get("stream") is not None and wishes["stream"] == _current_stream():
+            wishes["stream"] = -1  # CuPy would record an event, whose use under capture is limited
         if dtype.name not in _SMALL_FLOATS:
             return self._array.__dlpack__(**wishes)
         capsule = self._array.view(f"u{dtype.itemsize}").__dlpack__(**wishes)
@@ -212,10 +256,32 @@ def _open(capsule: Any) -> tuple[Any, bool]:
     return managed.tensor, bool(managed.flags & _READ_ONLY)
 
 
+def _must_be_current(name: str, index: int) -> None:
+    current = int(_cupy().cuda.runtime.getDevice())
+    if index != current:
+        raise ValueError(
+            f"{name} must be on the current device cuda:{current}, got cuda:{index}; "
+            f"set it by cupy.cuda.Device({index}) or torch.cuda.device({index})"
+        )
+
+
+def _stream_of(x: Any) -> int | None:
+    """The stream that the library of `x` works on, as DLPack counts them; None: it does not say."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor) or not x.is_cuda:
+        return None
+    return int(torch.cuda.current_stream(x.device).cuda_stream) or 1
+
+
 def _current_stream() -> int:
-    """Return CuPy's current stream as DLPack counts streams, importing CuPy if a CUDA tensor comes before it."""
+    """CuPy's current stream as DLPack counts them: 0 is ambiguous there, 1 is the legacy default stream."""
+    return int(_cupy().cuda.get_current_stream().ptr) or 1
+
+
+def _cupy() -> Any:
+    """Import CuPy, if a CUDA tensor comes before it."""
     try:
         import cupy
     except ImportError as error:
         raise ImportError("CUDA arrays need CuPy: pip install 'cumoe[cuda13]' or 'cumoe[cuda12]'") from error
-    return int(cupy.cuda.get_current_stream().ptr) or 1  # 0 is ambiguous in DLPack, 1 is the legacy default stream
+    return cupy

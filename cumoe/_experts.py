@@ -1,12 +1,14 @@
 """The weights of an MoE layer, checked: what `fused_experts`, `prepare` and `verify` have in common."""
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cumoe import _arrays, _check
 from cumoe._act import is_gated, is_interleaved, parameters
-from cumoe._arrays import Array, Side
+from cumoe._arrays import Array
+from cumoe._kernel_choice import choose_kernel, rows_are_aligned
 from cumoe._quant_config import FusedMoEQuantConfig
 from cumoe._quant_desc import dtype_name
 
@@ -29,6 +31,7 @@ class Experts(NamedTuple):
     beta: float
     limit: float  # inf: no clamp
     kernel: str
+    aligned: bool  # rows begin where every kernel of the side can load them
 
     @property
     def is_gated(self) -> bool:
@@ -41,26 +44,32 @@ class Experts(NamedTuple):
         return is_interleaved(self.activation)
 
 
-def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arrays: Array) -> tuple[Any, ...]:
-    """
-    Check weights, biases and activation against each other; take in further `arrays` through the same door.
-
-    Returns (side, experts, the arrays in their order).
-    """
-    alpha, beta, limit = parameters(activation, quant_config)
+def weight_arrays(w1: Array, w2: Array, quant_config: Any) -> dict[str, Array]:
+    """The arrays that the weights of a call consist of, by name; None where there is none."""
     refuse_quantised(quant_config)
-    biases = {} if quant_config is None else {"w1_bias": quant_config.w1_bias, "w2_bias": quant_config.w2_bias}
-    given = {"w1": w1, "w2": w2, "w1_bias": biases.get("w1_bias"), "w2_bias": biases.get("w2_bias"), **arrays}
-    side, (w1, w2, w1_bias, w2_bias, *others) = _arrays.enter(**given)
-    tokens = dict(zip(arrays, others, strict=True)).get("hidden_states")
-    hidden_size, intermediate_size = check_weights(w1, w2, activation, tokens)
+    w1_bias, w2_bias = (None, None) if quant_config is None else (quant_config.w1_bias, quant_config.w2_bias)
+    return {"w1": w1, "w2": w2, "w1_bias": w1_bias, "w2_bias": w2_bias}
+
+
+def make_experts(
+    xp: ModuleType, arrays: list[Array], activation: str, quant_config: Any, hidden_states: Array = None
+) -> Experts:
+    """
+    Check weights, biases and activation against each other; arrays that kernels cannot read are converted.
+
+    `arrays` are those of `weight_arrays`, taken in.
+    """
+    w1, w2, w1_bias, w2_bias = arrays
+    alpha, beta, limit = parameters(activation, quant_config)
+    hidden_size, intermediate_size = check_weights(w1, w2, activation, hidden_states)
     num_experts, rows, letters = len(w1), w1.shape[1], "(E, 2I)" if is_gated(activation) else "(E, I)"
-    experts = Experts(
-        _weight_bits(w1),
-        _weight_bits(w2),
-        _bias(side, "w1_bias", w1_bias, letters, (num_experts, rows)),
-        _bias(side, "w2_bias", w2_bias, "(E, H)", (num_experts, hidden_size)),
-        w1.dtype.name,
+    dtype, bits = w1.dtype.name, (_weight_bits(w1), _weight_bits(w2))
+    aligned = xp is np or rows_are_aligned(*bits)
+    return Experts(
+        *bits,
+        _bias(xp, "w1_bias", w1_bias, letters, (num_experts, rows)),
+        _bias(xp, "w2_bias", w2_bias, "(E, H)", (num_experts, hidden_size)),
+        dtype,
         num_experts,
         hidden_size,
         intermediate_size,
@@ -68,9 +77,9 @@ def take_experts(w1: Array, w2: Array, activation: str, quant_config: Any, **arr
         alpha,
         beta,
         limit,
-        _arrays.room(side.xp, "pack").best_kernel(w1.dtype.name),
+        choose_kernel(xp, None, dtype, hidden_size, intermediate_size, aligned),
+        aligned,
     )
-    return (side, experts, *others)
 
 
 def check_weights(w1: Array, w2: Array, activation: str, hidden_states: Array | None = None) -> tuple[int, int]:
@@ -104,11 +113,11 @@ def _weight_bits(weights: Array) -> Array:
     return _arrays.read_only_as_plain(weights)
 
 
-def _bias(side: Side, name: str, bias: Array, letters: str, shape: tuple[int, int]) -> Array:
+def _bias(xp: ModuleType, name: str, bias: Array, letters: str, shape: tuple[int, int]) -> Array:
     if bias is None:
-        return side.xp.empty((0, 0), np.float32)
+        return xp.empty((0, 0), np.float32)
     check_bias(name, bias, letters, shape)
-    return _arrays.bits(bias.astype(np.float32))
+    return _arrays.bits(bias.astype(np.float32, copy=False))
 
 
 def check_bias(name: str, bias: Array | None, letters: str, shape: tuple[int, int]) -> None:

@@ -6,10 +6,12 @@ import numpy as np
 
 from cumoe import _arrays, _check
 from cumoe._arrays import Array
+from cumoe._kernel_choice import choose_kernel, rows_are_aligned
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
+@_arrays.on_callers_stream
 def grouped_gemm(
     a: Array,
     b: Array,
@@ -17,6 +19,7 @@ def grouped_gemm(
     *,
     bias: Array | None = None,
     out: Array | None = None,
+    backend: str | None = None,
 ) -> Array:
     """
     Multiply each group of rows by its own matrix: ``out[r] = b[g] @ a[r] + bias[g]``.
@@ -34,6 +37,8 @@ def grouped_gemm(
         Added in float32.
     out : (M, N) array, optional
         Written and returned if given; C-contiguous, must not share memory with the inputs.
+    backend : str, optional
+        Name of the kernel, as in `fused_experts`; default: the fastest.
 
     Returns
     -------
@@ -46,11 +51,13 @@ def grouped_gemm(
         Arrays of two libraries, or a dtype outside the lists above.
     ValueError
         A shape that does not fit; offsets (of host arrays) that do not ascend within 0..M.
+    NotImplementedError
+        A `backend` that cannot run here.
 
     Notes
     -----
     Summed in float32 along K in one fixed order, rounded once: a row's bits depend on that row and its
-    matrix only.
+    matrix only. Offsets of device arrays are not looked at, which would mean to wait.
 
     References
     ----------
@@ -82,21 +89,28 @@ def grouped_gemm(
     if bias is not None:
         _check.shape("bias", bias, "(G, N)", (groups, n))
         _check.dtype("bias", bias, _DTYPES)
-    xp = side.xp
+    xp, dtype = side.xp, a.dtype.name
     if out is None:
         out = xp.zeros((m, n), a.dtype)
     else:
-        _check.output("out", out, "(M, N)", (m, n), a.dtype.name, a=a, b=b, bias=bias)
+        _check.output("out", out, "(M, N)", (m, n), dtype, a=a, b=b, bias=bias)
+    if m == 0:
+        return side.leave(out)
+    a, b, offsets, bits = _arrays.bits(a), _arrays.bits(b), _offsets(group_offsets), _arrays.bits(out)
+    kernel = choose_kernel(xp, backend, dtype, k, n, xp is np or rows_are_aligned(a, b, bits))
+    room, permute = _arrays.room(xp, "grouped_gemm"), _arrays.room(xp, "permute")
+    block_rows = room.block_rows(m, groups, k, n, dtype, kernel)
+    schedule = xp.empty(permute.schedule_size(m, groups, block_rows), np.int32)
+    permute.list_tiles(offsets, schedule, block_rows)
     nothing = xp.empty(0, np.float32)
-    dtype = a.dtype.name
-    _arrays.room(xp, "grouped_gemm").grouped_gemm(
-        _arrays.bits(a),
+    room.grouped_gemm(
+        a,
         xp.empty(0, np.int32),
         0,
         nothing,
-        _arrays.bits(b),
-        _arrays.bits(group_offsets.astype(np.int64, copy=False)),
-        xp.empty((0, 0), np.float32) if bias is None else _arrays.bits(bias.astype(np.float32)),
+        b,
+        offsets,
+        xp.empty((0, 0), np.float32) if bias is None else _arrays.bits(bias.astype(np.float32, copy=False)),
         nothing,
         "",
         False,
@@ -104,10 +118,16 @@ def grouped_gemm(
         0.0,
         0.0,
         dtype,
-        _arrays.room(xp, "pack").best_kernel(dtype),
-        _arrays.bits(out),
+        kernel,
+        schedule,
+        block_rows,
+        bits,
     )
     return side.leave(out)
+
+
+def _offsets(group_offsets: Array) -> Array:
+    return _arrays.bits(group_offsets.astype(np.int64, copy=False))
 
 
 def _check_offsets(offsets: Any, rows: int) -> None:

@@ -107,6 +107,7 @@ class FusedMoEMethodBase:
             return BatchedExperts(self.moe.max_num_tokens, prepare_finalize.num_dispatchers(), self.moe_quant_config)
         return StandardExperts(self.moe_quant_config)
 
+    @_arrays.on_callers_stream
     def apply(
         self,
         layer: Any,
@@ -122,6 +123,7 @@ class FusedMoEMethodBase:
         out: Array | None = None,
         check: bool = False,
         workspace_limit: int | None = None,
+        workspace: Array | None = None,
     ) -> Array:
         """
         Run routed tokens through their experts.
@@ -151,7 +153,7 @@ class FusedMoEMethodBase:
             Write the results over `x` and return it.
         out : (T, H) array, optional
             Written and returned if given.
-        check, workspace_limit
+        check, workspace_limit, workspace
             As in `fused_experts`.
 
         Returns
@@ -193,6 +195,7 @@ class FusedMoEMethodBase:
                 out,
                 check,
                 workspace_limit,
+                workspace,
             )
         else:
             self._need_map(expert_map)
@@ -209,6 +212,7 @@ class FusedMoEMethodBase:
                 out=out,
                 check=check,
                 workspace_limit=workspace_limit,
+                workspace=workspace,
             )
         if not inplace:
             return result
@@ -217,6 +221,7 @@ class FusedMoEMethodBase:
         target[...] = source
         return x
 
+    @_arrays.on_callers_stream
     def apply_monolithic(
         self,
         layer: Any,
@@ -257,7 +262,7 @@ class FusedMoEMethodBase:
             Further arguments of `select_experts`, such as `hash_indices_table` and `input_ids`.
         **experts
             Further arguments of `apply`: `global_num_experts`, `expert_map`, `activation`,
-            `apply_router_weight_on_input`, `inplace`, `out`, `check` and `workspace_limit`.
+            `apply_router_weight_on_input`, `inplace`, `out`, `check`, `workspace_limit` and `workspace`.
 
         Returns
         -------

@@ -54,6 +54,7 @@ def run_modular(
     out: Array | None,
     check: bool,
     workspace_limit: int | None,
+    workspace: Array | None,
 ) -> Array:
     """Prepare, experts, finalize: `outer` has the first and the last step, `inner` the one between."""
     if on_input == "accumulator":
@@ -86,5 +87,6 @@ def run_modular(
         apply_router_weight_on_input=weighted,
         check=check,
         workspace_limit=workspace_limit,
+        workspace=workspace,
     )
     return outer.finalize(out, results, weights, ids, weighted, inner.finalize_weight_and_reduce_impl())

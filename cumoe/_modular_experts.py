@@ -55,6 +55,7 @@ class StandardExperts:
             (num_tokens, hidden_size),
         )
 
+    @_arrays.on_callers_stream
     def apply(
         self,
         output: Array,
@@ -75,12 +76,14 @@ class StandardExperts:
         *,
         check: bool = False,
         workspace_limit: int | None = None,
+        workspace: Array | None = None,
     ) -> None:
         """
         Write (T, H) results into `output`.
 
-        With `apply_router_weight_on_input` the tokens are weighted already. The workspaces are those of
-        the protocol: the kernels allocate their own scratch, within `workspace_limit` bytes.
+        With `apply_router_weight_on_input` the tokens are weighted already. `workspace13` and `workspace2`
+        are those of the protocol and not used: scratch is `workspace`, or allocated, within
+        `workspace_limit` bytes.
         """
         _refuse_scales(a1q_scale, a2_scale)
         if apply_router_weight_on_input:
@@ -99,6 +102,7 @@ class StandardExperts:
             out=output,
             check=check,
             workspace_limit=workspace_limit,
+            workspace=workspace,
         )
 
 
@@ -151,6 +155,7 @@ class BatchedExperts:
             (local_num_experts, rows, hidden_size),
         )
 
+    @_arrays.on_callers_stream
     def apply(
         self,
         output: Array,
@@ -171,12 +176,13 @@ class BatchedExperts:
         *,
         check: bool = False,
         workspace_limit: int | None = None,
+        workspace: Array | None = None,
     ) -> None:
         """
         Write (E_l, rows, H) results into `output`; rows beyond `expert_num_tokens` are not read and become 0.
 
-        `check` looks at the counts. The routing, the map and the workspaces are those of the protocol
-        and not used here.
+        `check` looks at the counts. The routing, the map, `workspace13` and `workspace2` are those of the
+        protocol and not used here.
         """
         _refuse_scales(a1q_scale, a2_scale)
         if expert_tokens_meta is None:
@@ -206,6 +212,7 @@ class BatchedExperts:
             quant_config=None if isinstance(w1, PreparedExperts) else self.quant_config,
             out=side.leave(target.reshape(-1, hidden_size)),
             workspace_limit=workspace_limit,
+            workspace=workspace,
         )
 
 

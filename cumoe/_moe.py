@@ -8,12 +8,14 @@ the rooms that the steps call.
 from collections.abc import Callable
 from typing import Any
 
-from cumoe._arrays import Array
+from cumoe._arrays import Array, on_callers_stream
 from cumoe._call import check_logits, enter_call
 from cumoe._prepare import PreparedExperts
 from cumoe._select_experts import select_experts
+from cumoe._workspace import lent
 
 
+@on_callers_stream
 def fused_experts(
     hidden_states: Array,
     w1: Array | PreparedExperts,
@@ -29,6 +31,8 @@ def fused_experts(
     out: Array | None = None,
     check: bool = False,
     workspace_limit: int | None = None,
+    workspace: Array | None = None,
+    backend: str | None = None,
 ) -> Array:
     """
     Run each token through its chosen experts and add the weighted results.
@@ -65,6 +69,14 @@ def fused_experts(
     workspace_limit : int, optional
         Most bytes of the scratch that grows with the tokens, which are done in pieces that fit, with the
         same bits. Each CPU thread holds a few MiB besides: a block of rows and, for plain weights, a panel.
+    workspace : (bytes,) uint8 array, optional
+        Where the scratch goes: at least ``plan(...).workspace_bytes``, on the side of the other arrays. What
+        it holds afterwards is of no use.
+    backend : str, optional
+        Kernel that multiplies; default: the fastest that adds exact products. On the GPU "wgmma" (Hopper),
+        "mma" (any), both for 16-bit numbers, "fma" and "tf32" for float32; "tf32" rounds the factors to 11
+        bits and is used only when it is named here. On the CPU "amx", "avx512bf16", "avx512", "avx2" or
+        "portable". `plan` says which one is used and why not a faster one.
 
     Returns
     -------
@@ -76,9 +88,9 @@ def fused_experts(
     TypeError
         Arrays of two libraries, or a dtype outside the lists above.
     ValueError
-        A shape or layout that does not fit; with `check`, a value.
+        A shape or layout that does not fit; with `check`, a value. Arrays on another device than the current one.
     NotImplementedError
-        A legal combination that has no kernel on this side.
+        A legal combination that has no kernel on this side, or a `backend` that cannot run here.
 
     Notes
     -----
@@ -86,7 +98,10 @@ def fused_experts(
     Products are summed in float32; each of the results h, act(h), y is rounded to the dtype of the
     tokens; choices are added in the order j = 0, 1, ... in float32. The same inputs give the same bits,
     for any number of threads, and a token's bits do not depend on the other tokens.
-    Scratch: about ``T * k * (H + I)`` elements, see `plan`. The steps are
+    Scratch: about ``T * k * (H + I)`` elements, see `plan`. On the GPU the call never waits for the device;
+    CuPy arrays are worked on in CuPy's current stream, torch tensors in torch's. With `out` and
+    `workspace` it allocates nothing there, so that it can be captured in a CUDA graph, once it has run before.
+    The steps are
 
     1. sort the (token, choice) pairs by expert,
     2. first product, with gather, bias and activation,
@@ -123,6 +138,8 @@ def fused_experts(
         out,
         check,
         workspace_limit,
+        workspace,
+        backend,
     )
     for piece in call.pieces():
         piece.sort()
@@ -132,6 +149,7 @@ def fused_experts(
     return call.result()
 
 
+@on_callers_stream
 def fused_moe(
     hidden_states: Array,
     w1: Array | PreparedExperts,
@@ -155,6 +173,8 @@ def fused_moe(
     out: Array | None = None,
     check: bool = False,
     workspace_limit: int | None = None,
+    workspace: Array | None = None,
+    backend: str | None = None,
 ) -> Array:
     """
     Route each token by its logits and run its experts: `select_experts`, then `fused_experts`.
@@ -183,7 +203,7 @@ def fused_moe(
         Multiplies the weights.
     activation, quant_config, apply_router_weight_on_input, expert_map, global_num_experts
         As in `fused_experts`.
-    out, check, workspace_limit
+    out, check, workspace_limit, workspace, backend
         As in `fused_experts`; `check` also looks for logits that are NaN or +inf.
 
     Returns
@@ -214,19 +234,20 @@ def fused_moe(
     """
     if custom_routing_function is None:
         check_logits(router_logits, w1, expert_map, global_num_experts, check)
-    topk_weights, topk_ids = select_experts(
-        hidden_states,
-        router_logits,
-        top_k,
-        use_grouped_topk=use_grouped_topk,
-        renormalize=renormalize,
-        topk_group=topk_group,
-        num_expert_group=num_expert_group,
-        custom_routing_function=custom_routing_function,
-        scoring_func=scoring_func,
-        routed_scaling_factor=routed_scaling_factor,
-        e_score_correction_bias=e_score_correction_bias,
-    )
+    with lent(workspace) as rest:
+        topk_weights, topk_ids = select_experts(
+            hidden_states,
+            router_logits,
+            top_k,
+            use_grouped_topk=use_grouped_topk,
+            renormalize=renormalize,
+            topk_group=topk_group,
+            num_expert_group=num_expert_group,
+            custom_routing_function=custom_routing_function,
+            scoring_func=scoring_func,
+            routed_scaling_factor=routed_scaling_factor,
+            e_score_correction_bias=e_score_correction_bias,
+        )
     return fused_experts(
         hidden_states,
         w1,
@@ -241,4 +262,6 @@ def fused_moe(
         out=out,
         check=check,
         workspace_limit=workspace_limit,
+        workspace=rest(),
+        backend=backend,
     )

@@ -1,40 +1,71 @@
 """What a call will do and cost, from sizes and names alone: no array is touched, none is needed."""
 
-import importlib
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
 
-from cumoe import _check
+from cumoe import _arrays, _check
 from cumoe._act import is_gated
+from cumoe._kernel_choice import choose_kernel
+from cumoe._workspace import ALIGNMENT, rounded
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LEAST_BLOCK_ROWS = 8  # scratch for lists of blocks of any height from here on, so that fewer tokens never need more
 
 
-def tokens_per_piece(
-    workspace_limit: int | None,
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: str,
-) -> int:
-    """The most tokens whose scratch fits `workspace_limit` bytes."""
-    if workspace_limit is None:
-        return max(1, num_tokens)
-    fixed = _fixed_bytes(num_experts)
-    per_token = _bytes_per_token(top_k, hidden_size, intermediate_size, dtype)
-    limit = _check.integer("workspace_limit", workspace_limit, 0)
-    if limit < fixed + per_token:
-        raise ValueError(f"workspace_limit must be >= one token = {fixed + per_token}, got {limit}")
-    return min(max(1, num_tokens), (limit - fixed) // max(1, per_token))
+class Sizes(NamedTuple):
+    """What the scratch of a call depends on beside the number of tokens."""
+
+    top_k: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: str
 
 
-def _fixed_bytes(num_experts: int) -> int:
-    return 8 * (num_experts + 1)
+class Shares(NamedTuple):
+    """How the scratch of a call is shared out."""
+
+    tokens_per_piece: int
+    block_rows: int  # of the list that tells the products which rows belong together; 0: there is none
+    schedule_size: int  # int32 elements of that list and of what the sort needs
 
 
-def _bytes_per_token(top_k: int, hidden_size: int, intermediate_size: int, dtype: str) -> int:
-    return top_k * (8 + (hidden_size + intermediate_size) * _ITEMSIZE[dtype])
+def share_out(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes, workspace_limit: int | None = None) -> Shares:
+    """Share out the scratch for as many tokens at a time as fit `workspace_limit` bytes."""
+    tokens = max(1, num_tokens)
+    if workspace_limit is not None:
+        limit = _check.integer("workspace_limit", workspace_limit, 0)
+        least = scratch_bytes(sizes, _shares(xp, kernel, 1, sizes))
+        if limit < least:
+            raise ValueError(f"workspace_limit must be >= one token = {least}, got {limit}")
+        low = 1
+        while low < tokens:  # the most that fit: more tokens never need less
+            middle = (low + tokens + 1) // 2
+            fits = scratch_bytes(sizes, _shares(xp, kernel, middle, sizes)) <= limit
+            low, tokens = (middle, tokens) if fits else (low, middle - 1)
+    return _shares(xp, kernel, tokens, sizes)
+
+
+def _shares(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes) -> Shares:
+    pairs = num_tokens * sizes.top_k
+    block_rows = _arrays.room(xp, "grouped_gemm").block_rows(pairs, *sizes[1:], kernel)
+    least = min(block_rows, _LEAST_BLOCK_ROWS)
+    return Shares(num_tokens, block_rows, _arrays.room(xp, "permute").schedule_size(pairs, sizes.num_experts, least))
+
+
+def scratch_bytes(sizes: Sizes, shares: Shares) -> int:
+    """Bytes of a block that holds the scratch, wherever it begins."""
+    pairs, item = shares.tokens_per_piece * sizes.top_k, _ITEMSIZE[sizes.dtype]
+    pieces = (
+        8 * (sizes.num_experts + 1),
+        4 * pairs,
+        4 * pairs,
+        4 * shares.schedule_size,
+        pairs * sizes.intermediate_size * item,
+        pairs * sizes.hidden_size * item,
+    )
+    return sum(map(rounded, pieces)) + ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -45,15 +76,18 @@ class Plan:
     Attributes
     ----------
     kernel : str
-        Micro-kernel that is used.
+        Kernel that multiplies.
     refused : tuple of str
         The faster kernels and why each of them is not used.
+    tiles : tuple of str
+        On the GPU, how the products are cut into tiles and why; in words.
     flops : int
         Multiplications and additions of both products.
     bytes : int
         Least memory traffic: weights of the experts expected to be touched, tokens in, results out.
     workspace_bytes : int
-        Scratch for the tokens, as `workspace_limit` counts it; a few MiB a CPU thread come on top.
+        What a `workspace` must hold: the scratch that grows with the tokens, which `workspace_limit`
+        limits, and on the GPU the choices that `fused_moe` makes. A few MiB a CPU thread come on top.
     """
 
     num_tokens: int
@@ -63,8 +97,10 @@ class Plan:
     top_k: int
     dtype: str
     activation: str
+    device: str
     kernel: str
     refused: tuple[str, ...]
+    tiles: tuple[str, ...]
     tokens_per_piece: int
     workspace_bytes: int
     expected_experts: float
@@ -78,7 +114,7 @@ class Plan:
         Parameters
         ----------
         bytes_per_second, flops_per_second : float
-            Measured rates of streaming reads and of the micro-kernel.
+            Measured rates of streaming reads and of the kernel.
 
         Returns
         -------
@@ -94,7 +130,7 @@ class Plan:
         Returns
         -------
         str
-            Kernel, refused kernels, pieces, scratch, arithmetic and traffic.
+            Kernel, refused kernels, tiles, pieces, scratch, arithmetic and traffic.
         """
         pieces = -(-self.num_tokens // self.tokens_per_piece) if self.num_tokens else 0
         lines = [
@@ -102,6 +138,7 @@ class Plan:
             f"I={self.intermediate_size} {self.dtype} {self.activation}",
             f"kernel     {self.kernel}",
             *(f"refused    {reason}" for reason in self.refused),
+            *(f"tiles      {line}" for line in self.tiles),
             f"experts    about {self.expected_experts:.1f} of {self.num_experts} touched under uniform routing",
             f"rows       about {self.num_tokens * self.top_k / max(self.expected_experts, 1):.1f} per touched expert",
             f"pieces     {pieces} of at most {self.tokens_per_piece} tokens",
@@ -123,6 +160,7 @@ def plan(
     activation: str = "silu",
     device: str = "cpu",
     workspace_limit: int | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """
     Say what `fused_experts` would do for these sizes, without arrays.
@@ -135,10 +173,12 @@ def plan(
         Of tokens and weights.
     activation : str, default "silu"
         Name of an activation.
-    device : {"cpu"}, default "cpu"
-        Side that would run.
+    device : {"cpu", "cuda"}, default "cpu"
+        Side that would run; "cuda" needs a device here, and tells about the current one.
     workspace_limit : int, optional
         Most bytes of scratch.
+    backend : str, optional
+        Name of a kernel, as in `fused_experts`.
 
     Returns
     -------
@@ -149,6 +189,10 @@ def plan(
     ------
     ValueError
         A size or name outside the lists above.
+    NotImplementedError
+        A `backend` that cannot run here.
+    RuntimeError
+        No CUDA device.
 
     Notes
     -----
@@ -170,13 +214,14 @@ def plan(
         _check.integer(name, size, 1)
     _check.integer("top_k", top_k, 0, num_experts)
     _check.choice("dtype", dtype, tuple(_ITEMSIZE))
-    _check.choice("device", device, ("cpu",))
+    xp = _arrays.namespace(device)
     matrices = 3 if is_gated(activation) else 2
     touched = num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
     itemsize = _ITEMSIZE[dtype]
-    sizes = (top_k, num_experts, hidden_size, intermediate_size, dtype)
-    tokens = tokens_per_piece(workspace_limit, num_tokens, *sizes)
-    pack = importlib.import_module("cumoe.cpu.pack")
+    sizes = Sizes(top_k, num_experts, hidden_size, intermediate_size, dtype)
+    kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
+    shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
+    choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
         num_tokens,
         hidden_size,
@@ -185,11 +230,12 @@ def plan(
         top_k,
         dtype,
         activation,
-        pack.best_kernel(dtype),
-        pack.refused_kernels(dtype),
-        tokens,
-        _fixed_bytes(num_experts)
-        + min(tokens, num_tokens) * _bytes_per_token(top_k, hidden_size, intermediate_size, dtype),
+        device,
+        kernel,
+        _arrays.room(xp, "pack").refused_kernels(dtype, hidden_size, intermediate_size, True, False),
+        _arrays.room(xp, "grouped_gemm").explain(shares.tokens_per_piece * top_k, *sizes[1:], kernel),
+        shares.tokens_per_piece,
+        scratch_bytes(sizes, shares) + choices if num_tokens else 0,
         touched,
         2 * matrices * num_tokens * top_k * hidden_size * intermediate_size,
         round(touched * matrices * hidden_size * intermediate_size * itemsize)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cumoe import _arrays, _check
+from cumoe import _arrays
 from cumoe._arrays import Array
-from cumoe._experts import Experts, take_experts
+from cumoe._experts import Experts, make_experts, weight_arrays
+from cumoe._kernel_choice import choose_kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +24,12 @@ class PreparedExperts:
     activation : str
         Activation that the layer applies.
     kernel : str
-        Micro-kernel that the layout belongs to.
+        Kernel that the layout is for. On the GPU all kernels share one layout: a call that this one
+        cannot serve takes the next.
     dtype : str
         What the packed words mean.
+    device : str
+        Where they are: "cpu", "cuda:0" and so on.
     """
 
     experts: Experts
@@ -52,13 +56,18 @@ class PreparedExperts:
 
     @property
     def kernel(self) -> str:
-        """Micro-kernel that the layout belongs to."""
+        """Kernel that the layout is for."""
         return self.experts.kernel
 
     @property
     def dtype(self) -> str:
         """Name of the weights' dtype."""
         return self.experts.dtype
+
+    @property
+    def device(self) -> str:
+        """Where the packed weights are."""
+        return _arrays.place(self.experts.w1)
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +82,7 @@ class PreparedExperts:
         )
 
 
+@_arrays.on_callers_stream
 def prepare(
     w1: Array,
     w2: Array,
@@ -81,6 +91,7 @@ def prepare(
     activation: str = "silu",
     device: str | None = None,
     out: PreparedExperts | None = None,
+    backend: str | None = None,
 ) -> PreparedExperts:
     """
     Pack the weights of an MoE layer for the kernels, once.
@@ -96,11 +107,13 @@ def prepare(
         Holds the biases and the parameters of the activation.
     activation : str, default "silu"
         Name of an activation; decides how the rows of `w1` pair up.
-    device : {"cpu"}, optional
+    device : {"cpu", "cuda", "cuda:0", ...}, optional
         Where the packed weights live; the arrays must be there already.
     out : PreparedExperts, optional
         Made by an earlier call for weights of the same shapes: its memory is filled again (new weights
         under captured graphs and live references) and `out` is returned.
+    backend : str, optional
+        Name of the kernel to pack for, as in `fused_experts`; default: that of `out`, else the fastest.
 
     Returns
     -------
@@ -112,11 +125,12 @@ def prepare(
     TypeError, ValueError
         Arrays that do not fit each other.
     NotImplementedError
-        Quantised weights.
+        Quantised weights, or a `backend` that cannot run here.
 
     Notes
     -----
-    Reads and writes all weights once; the packed form has their size, rounded up to whole panels.
+    Reads and writes all weights once; the packed form has their size, rounded up to whole panels. On the GPU
+    it is a copy in one piece: the kernels read rows as they are, and bring gates and ups together as they load.
 
     Examples
     --------
@@ -126,33 +140,43 @@ def prepare(
     >>> prepared.num_experts, prepared.hidden_size, prepared.intermediate_size
     (4, 32, 32)
     """
-    if device is not None:
-        _check.choice("device", device, ("cpu",))
     if isinstance(w1, PreparedExperts):
         raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; it is prepared already")
-    side, experts = take_experts(w1, w2, activation, quant_config)
+    side, arrays = _arrays.enter(**weight_arrays(w1, w2, quant_config))
+    xp = side.xp
+    experts = make_experts(xp, arrays, activation, quant_config)
+    place = _arrays.place(arrays[0])
+    if device not in (None, place, place.partition(":")[0]):
+        raise ValueError(f"device must be that of the arrays = {place}, got {device!r}; copy them there")
+    if out is not None and not isinstance(out, PreparedExperts):
+        raise TypeError(f"out must be PreparedExperts, got {type(out).__name__}")
+    sizes = experts.dtype, experts.hidden_size, experts.intermediate_size
+    kernel = choose_kernel(xp, backend, *sizes, packed_for=None if out is None or backend else out.kernel)
+    experts = experts._replace(kernel=kernel, aligned=True)
     if out is not None:
-        if not isinstance(out, PreparedExperts):
-            raise TypeError(f"out must be PreparedExperts, got {type(out).__name__}")
-        _must_match(out.experts, experts)
-    room = _arrays.room(side.xp, "pack")
+        _must_match(out, experts, place)
+    room = _arrays.room(xp, "pack")
     gating = {"w1": experts.is_gated, "w2": False}
     packed: dict[str, Any] = {} if out is None else {"w1": out.experts.w1, "w2": out.experts.w2}
     for name, gated in gating.items():
         weights = getattr(experts, name)
         if out is None:
-            shape = room.panel_shape(weights.shape, experts.dtype, experts.kernel, gated)
-            packed[name] = side.xp.empty(shape, weights.dtype)
-        room.pack_weights(weights, experts.dtype, experts.kernel, gated, experts.is_interleaved and gated, packed[name])
+            shape = room.panel_shape(weights.shape, experts.dtype, kernel, gated)
+            packed[name] = xp.empty(shape, weights.dtype)
+        room.pack_weights(weights, experts.dtype, kernel, gated, experts.is_interleaved and gated, packed[name])
+    biases = "w1_bias", "w2_bias"
     if out is None:
-        return PreparedExperts(experts._replace(**packed))
-    for name in ("w1_bias", "w2_bias"):
+        return PreparedExperts(experts._replace(**packed, **{name: getattr(experts, name).copy() for name in biases}))
+    for name in biases:
         getattr(out.experts, name)[...] = getattr(experts, name)
     return out
 
 
-def _must_match(old: Experts, new: Experts) -> None:
+def _must_match(out: PreparedExperts, new: Experts, place: str) -> None:
     """Raise ValueError unless everything that is not written anew is the same."""
+    old = out.experts
+    if out.device != place:
+        raise ValueError(f"out must be where w1 is = {place}, got {out.device}")
     sizes = ("num_experts", "hidden_size", "intermediate_size", "dtype", "kernel")
     for name in (*sizes, "activation", "alpha", "beta", "limit"):
         if getattr(old, name) != getattr(new, name):

@@ -40,6 +40,7 @@ class MoEPrepareAndFinalizeNoEP:
         """Whether `finalize` adds up over ranks: no."""
         return False
 
+    @_arrays.on_callers_stream
     def prepare(
         self,
         a1: Array,
@@ -54,6 +55,7 @@ class MoEPrepareAndFinalizeNoEP:
         _refuse_quantised(quant_config)
         return _weighted(a1, topk_weights) if apply_router_weight_on_input else a1, None, None, None, None
 
+    @_arrays.on_callers_stream
     def finalize(
         self,
         output: Array | None,
@@ -132,6 +134,7 @@ class BatchedPrepareAndFinalize:
         """Whether `finalize` adds up over ranks: no."""
         return False
 
+    @_arrays.on_callers_stream
     def prepare(
         self,
         a1: Array,
@@ -159,6 +162,7 @@ class BatchedPrepareAndFinalize:
         )
         return batched, None, ExpertTokensMetadata(counts), ids, None
 
+    @_arrays.on_callers_stream
     def finalize(
         self,
         output: Array | None,

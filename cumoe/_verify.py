@@ -12,6 +12,7 @@ from cumoe._call import ON_INPUT, check_routing
 from cumoe._experts import check_bias, check_weights, refuse_quantised
 from cumoe._prepare import PreparedExperts
 from cumoe.reference import experts
+from cumoe.reference.rounding import TF32_UNIT
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Verification:
         )
 
 
+@_arrays.on_callers_stream
 def verify(
     out: Array,
     hidden_states: Array,
@@ -69,6 +71,7 @@ def verify(
     expert_map: Array | None = None,
     sample: int | None = 16,
     seed: int = 0,
+    backend: str | None = None,
 ) -> Verification:
     """
     Compute sampled tokens again in float64 and compare with the error bound of each element.
@@ -85,6 +88,9 @@ def verify(
         How many tokens; None takes all.
     seed : int, default 0
         Of the choice of tokens.
+    backend : str, optional
+        "tf32" for a result of the kernel of that name, whose products round both factors: the bound is
+        wider then. All other kernels have one bound.
 
     Returns
     -------
@@ -100,7 +106,7 @@ def verify(
     -----
     The bound is a forward error analysis in `cumoe.reference.experts`: float32 sums of K products in any
     order and one rounding to the tokens' dtype at each of h, act(h), y and out. It holds for all inputs.
-    Arrays of a device are copied to the host.
+    Of arrays on a device, the sampled tokens and their experts are copied to the host.
 
     References
     ----------
@@ -124,7 +130,7 @@ def verify(
     refuse_quantised(quant_config)
     _check.choice("apply_router_weight_on_input", apply_router_weight_on_input, ON_INPUT)
     biases = (None, None) if quant_config is None else (quant_config.w1_bias, quant_config.w2_bias)
-    arrays = _arrays.enter(
+    side, arrays = _arrays.enter(
         out=out,
         hidden_states=hidden_states,
         w1=w1,
@@ -134,7 +140,9 @@ def verify(
         expert_map=expert_map,
         w1_bias=biases[0],
         w2_bias=biases[1],
-    )[1]
+    )
+    if backend not in (None, "tf32"):
+        _check.choice("backend", backend, ("tf32", *_arrays.room(side.xp, "pack").kernel_names()))
     hidden_size, _ = check_weights(arrays[2], arrays[3], activation, arrays[1])
     _check.ndim("hidden_states", arrays[1], "(T, H)", 2)
     num_tokens = len(arrays[1])
@@ -148,24 +156,40 @@ def verify(
         tokens = np.arange(num_tokens)
     else:
         tokens = np.sort(np.random.default_rng(seed).choice(num_tokens, sample, replace=False))
-    per_token = [_host(array[tokens]) for array in (arrays[0], arrays[1], arrays[4], arrays[5])]
-    computed, x, weights, ids = per_token
+    computed, x, weights, ids = (_rows(array, tokens) for array in (arrays[0], arrays[1], arrays[4], arrays[5]))
+    expert_map, per_expert = _host(arrays[6]), (arrays[2], arrays[3], arrays[7], arrays[8])
+    if not isinstance(arrays[2], np.ndarray):
+        expert_map, per_expert = _experts_of(ids, expert_map, per_expert)
+    w1, w2, w1_bias, w2_bias = per_expert
     exact = experts.fused_experts(
         x,
-        _host(arrays[2]),
-        _host(arrays[3]),
+        w1,
+        w2,
         weights,
         ids,
         activation=activation,
         alpha=alpha,
         beta=beta,
         limit=limit,
-        w1_bias=_host(arrays[7]),
-        w2_bias=_host(arrays[8]),
+        w1_bias=w1_bias,
+        w2_bias=w2_bias,
         apply_router_weight_on_input=apply_router_weight_on_input,
-        expert_map=_host(arrays[6]),
+        expert_map=expert_map,
+        operand_unit=TF32_UNIT if backend == "tf32" else 0.0,
     )
     return _judge(computed.astype(np.float64), exact, experts.ratio(computed, exact), tokens)
+
+
+def _experts_of(ids: Any, expert_map: Any, per_expert: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The experts that `ids` choose, on the host, and a map to them: all of them may be more than it can hold."""
+    num_experts = len(per_expert[0])
+    local = np.arange(num_experts, dtype=np.int32) if expert_map is None else expert_map
+    used = np.unique(experts.local_experts(ids, num_experts, expert_map))
+    used = used[used >= 0]
+    place = np.full(num_experts + 1, -1, np.int32)  # the last one: of no expert here
+    place[used] = np.arange(len(used))
+    is_here = (local >= 0) & (local < num_experts)
+    return place[np.where(is_here, local, num_experts)], tuple(_rows(array, used) for array in per_expert)
 
 
 def _judge(computed: Any, exact: Any, ratio: Any, tokens: Any) -> Verification:
@@ -186,5 +210,20 @@ def _judge(computed: Any, exact: Any, ratio: Any, tokens: Any) -> Verification:
     )
 
 
+def _rows(array: Any, rows: Any) -> Any:
+    """Some entries along the first axis, on the host; None for None."""
+    if array is None or isinstance(array, np.ndarray):
+        return None if array is None else array[rows]
+    if len(rows) == len(array):
+        return _host(array)
+    found = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for at, row in enumerate(rows):
+        found[at] = _host(array[int(row)])
+    return found
+
+
 def _host(array: Any) -> Any:
-    return array if array is None or isinstance(array, np.ndarray) else array.get()
+    """A copy on the host; CuPy copies bits."""
+    if array is None or isinstance(array, np.ndarray):
+        return array
+    return _arrays.bits(array).get().view(array.dtype)

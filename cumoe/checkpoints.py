@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  registers "bfloat16" as a NumPy dtype name
 import numpy as np
 
-from cumoe import _check
+from cumoe import _arrays, _check
 from cumoe._families import LayerSpec, layer_spec
 from cumoe._prepare import prepare
 from cumoe.layer import MoELayer, SharedExpert
@@ -35,8 +35,8 @@ def load_layer(
         Model types: deepseek_v3, mixtral, qwen2_moe, qwen3_moe; one key an expert or fused 3-D keys.
     layer : int
         Number of the decoder layer, from 0.
-    device : {"cpu"}
-        Where the weights go.
+    device : {"cpu", "cuda", "cuda:0", ...}
+        Where the weights go; "cuda" is the current device.
     scheme : None
         None keeps the checkpoint's own dtype.
 
@@ -54,7 +54,9 @@ def load_layer(
     ValueError
         A dense layer, a layer number out of range, a missing field or tensor, a wrong shape, a broken file.
     NotImplementedError
-        A model type, activation, quantisation or device without a loader.
+        A model type, activation or quantisation without a loader.
+    RuntimeError
+        No CUDA device.
 
     Notes
     -----
@@ -66,7 +68,7 @@ def load_layer(
     >>> layer = cumoe.load_layer("Qwen3-30B-A3B", 0)  # doctest: +SKIP
     >>> out = layer(hidden_states)  # doctest: +SKIP
     """
-    _check.choice("device", device, ("cpu",))
+    xp = _arrays.namespace(device)
     if scheme is not None:
         raise NotImplementedError(f"no loader for scheme {scheme!r}; available: None, the checkpoint's own dtype")
     directory = Path(checkpoint_dir)
@@ -81,20 +83,22 @@ def load_layer(
     router_bias = None
     if spec.router_bias:
         router_bias = tensors.read(f"{module}.{spec.router_bias}", "(E,)", (E,)).astype(np.float32)
+    router_weight = router_weight.astype(np.float32 if spec.float32_router else router_weight.dtype)
     w1, w2 = _routed_experts(tensors, spec, f"{module}.experts")
-    shared = _shared_expert(tensors, spec, module, w1.dtype) if spec.shared_intermediate_size else None
-    return MoELayer(
-        name=f"{spec.model_type} layer {spec.layer} of {directory.name or directory}",
-        hidden_size=H,
-        intermediate_size=spec.intermediate_size,
-        num_experts=E,
-        dtype=w1.dtype.name,
-        routing=spec.routing,
-        router_weight=router_weight.astype(np.float32 if spec.float32_router else router_weight.dtype),
-        router_bias=router_bias,
-        experts=prepare(w1, w2, activation=spec.activation),
-        shared=shared,
-    )
+    with _arrays.device_scope(device):
+        shared = _shared_expert(xp, tensors, spec, module, w1.dtype) if spec.shared_intermediate_size else None
+        return MoELayer(
+            name=f"{spec.model_type} layer {spec.layer} of {directory.name or directory}",
+            hidden_size=H,
+            intermediate_size=spec.intermediate_size,
+            num_experts=E,
+            dtype=w1.dtype.name,
+            routing=spec.routing,
+            router_weight=xp.asarray(router_weight),
+            router_bias=None if router_bias is None else xp.asarray(router_bias),
+            experts=prepare(xp.asarray(w1), xp.asarray(w2), activation=spec.activation),
+            shared=shared,
+        )
 
 
 class _Tensors:
@@ -252,7 +256,7 @@ def _read_expert(tensors: _Tensors, names: list[str], w1: np.ndarray, w2: np.nda
     w2[:] = tensors.read(down, "(H, I)", (H, I), dtype=w1.dtype)
 
 
-def _shared_expert(tensors: _Tensors, spec: LayerSpec, module: str, dtype: Any) -> SharedExpert:
+def _shared_expert(xp: Any, tensors: _Tensors, spec: LayerSpec, module: str, dtype: Any) -> SharedExpert:
     H, I = spec.hidden_size, spec.shared_intermediate_size
     w1, w2 = np.empty((1, 2 * I, H), dtype), np.empty((1, H, I), dtype)
     names = [f"{module}.{spec.shared_expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -260,5 +264,6 @@ def _shared_expert(tensors: _Tensors, spec: LayerSpec, module: str, dtype: Any) 
     _read_expert(tensors, names, w1[0], w2[0])
     gate_weight = None
     if spec.shared_gate:
-        gate_weight = tensors.read(f"{module}.{spec.shared_gate}.weight", "(1, H)", (1, H)).copy()
-    return SharedExpert(prepare(w1, w2, activation=spec.activation), I, gate_weight)
+        gate_weight = xp.asarray(tensors.read(f"{module}.{spec.shared_gate}.weight", "(1, H)", (1, H)).copy())
+    experts = prepare(xp.asarray(w1), xp.asarray(w2), activation=spec.activation)
+    return SharedExpert(experts, I, gate_weight)

@@ -84,6 +84,7 @@ class MoELayer:
     router_bias: Array | None = None
     shared: SharedExpert | None = None
 
+    @_arrays.on_callers_stream
     def __call__(self, hidden_states: Array) -> Array:
         """
         Route the tokens, run them through their experts and the shared expert, and add the results.
@@ -101,7 +102,7 @@ class MoELayer:
         Raises
         ------
         TypeError
-            Not an array, or of another dtype than the layer.
+            Not an array, of another dtype than the layer, or on another device.
         ValueError
             A shape other than (T, H) or (B, S, H).
         """
@@ -117,6 +118,7 @@ class MoELayer:
             out = moe_sum(parts.transpose(1, 0, 2))
         return side.leave(out.reshape(tuple(hidden_states.shape)))
 
+    @_arrays.on_callers_stream
     def route(self, hidden_states: Array) -> tuple[Array, Array]:
         """
         Choose the experts of each token, as a call of the layer does.
@@ -178,6 +180,11 @@ class MoELayer:
         if tokens.dtype.name != self.dtype:
             raise TypeError(
                 f"hidden_states must have the dtype of the layer = {self.dtype}, got {tokens.dtype.name}; convert it"
+            )
+        if _arrays.place(tokens) != _arrays.place(self.router_weight):
+            raise TypeError(
+                f"hidden_states must be where the layer is = {_arrays.place(self.router_weight)}, "
+                f"got {_arrays.place(tokens)}; copy them there"
             )
         return side, tokens.reshape(int(np.prod(shape[:-1])), H)
 

@@ -7,6 +7,7 @@ once they are loaded, and runs tokens through them, routed already (`apply`) or 
 
 from typing import Any
 
+from cumoe._arrays import on_callers_stream
 from cumoe._backends import select_backend
 from cumoe._layer_weights import empty_weights, zero_padding
 from cumoe._method_base import FusedMoEMethodBase
@@ -90,7 +91,7 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         Give a layer weights to load into.
 
         Sets `w13_weight` (E, 2I, H) ((E, I, H) without gate) and `w2_weight` (E, H, I), not initialised,
-        and with biases `w13_bias` and `w2_bias`, zero.
+        and with biases `w13_bias` and `w2_bias`, zero, all on the device of the config.
 
         Parameters
         ----------
@@ -105,7 +106,7 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         params_dtype : dtype or str
             float32, float16 or bfloat16.
         **extra_weight_attrs
-            Set on each weight, which is a `Parameter`.
+            Set on each weight, which is a `Parameter`, or on a GPU a CuPy array that carries attributes too.
 
         Raises
         ------
@@ -120,6 +121,7 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         for name, weight in weights.items():
             setattr(layer, name, weight)
 
+    @on_callers_stream
     def process_weights_after_loading(self, layer: Any) -> None:
         """
         Make a layer with loaded weights ready to run; again whenever the weights have changed.

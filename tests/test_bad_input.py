@@ -158,7 +158,7 @@ def test_shapes(change, message):
     ({"quant_config": {"w1_bias": None}}, "TypeError: quant_config must be a FusedMoEQuantConfig, got dict"),
     ({"global_num_experts": 6.0}, "TypeError: global_num_experts must be an int, got float"),
     ({"workspace_limit": "1 GB"}, "TypeError: workspace_limit must be an int, got str"),
-    ({"workspace_limit": 100}, "ValueError: workspace_limit must be >= one token = 504, got 100"),
+    ({"workspace_limit": 100}, "ValueError: workspace_limit must be >= one token = 1536, got 100"),
     ({"workspace_limit": -1}, "ValueError: workspace_limit must be >= 0, got -1"),
     ({"activation": "swish"}, f"ValueError: activation must be {NAMES}, got 'swish'"),
     ({"activation": np.array(["silu", "gelu"])}, f"TypeError: activation must be {NAMES}, got ndarray"),

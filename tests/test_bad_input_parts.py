@@ -39,7 +39,7 @@ import cumoe
         {"w1": W1.transpose(0, 2, 1)},
         "ValueError: w1 must have shape (E, 2I, H) = (4, 48, 32), got (4, 32, 48); the last two axes look swapped",
     ),
-    ({"device": "cuda:0"}, "ValueError: device must be cpu, got 'cuda:0'"),
+    ({"device": "cuda:0"}, "ValueError: device must be that of the arrays = cpu, got 'cuda:0'; copy them there"),
     ({"out": np.zeros(3)}, "TypeError: out must be PreparedExperts, got ndarray"),
     ({"out": INTERLEAVED}, "ValueError: out must have activation = 'silu', got 'swigluoai'"),
     ({"w1": W1[:3], "w2": W2[:3], "out": PREPARED}, "ValueError: out must have num_experts = 3, got 4"),
@@ -249,8 +249,8 @@ PARTS = {
         ("plan", {"hidden_size": 0}, "ValueError: hidden_size must be >= 1, got 0"),
         ("plan", {"num_tokens": 2.5}, "TypeError: num_tokens must be an int, got float"),
         ("plan", {"dtype": "int8"}, "ValueError: dtype must be float32, float16 or bfloat16, got 'int8'"),
-        ("plan", {"workspace_limit": 0}, "ValueError: workspace_limit must be >= one token = 280, got 0"),
-        ("plan", {"device": "cuda"}, "ValueError: device must be cpu, got 'cuda'"),
+        ("plan", {"workspace_limit": 0}, "ValueError: workspace_limit must be >= one token = 1536, got 0"),
+        ("plan", {"device": "gpu"}, "ValueError: device must be cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )
 def test_parts(name, change, message):

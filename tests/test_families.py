@@ -15,7 +15,7 @@ import cumoe
         (3, {}, ValueError, "layer must be in 0..2, got 3"),
         (-1, {}, ValueError, "layer must be in 0..2, got -1"),
         (1.0, {}, TypeError, "layer must be an int, got float"),
-        (1, {"device": "tpu"}, ValueError, "device must be cpu, got 'tpu'"),
+        (1, {"device": "tpu"}, ValueError, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         (
             1,
             {"scheme": "fp8"},

@@ -231,7 +231,7 @@ def test_batched_experts_read_used_slots_only(prepared):
     weights = (packed, None) if prepared else (problem.w1, problem.w2)
     experts = BatchedExperts(5, 1, config)
     experts.apply(
-        out, x, *weights, None, None, expert_tokens_meta=ExpertTokensMetadata(counts), check=True, workspace_limit=1000
+        out, x, *weights, None, None, expert_tokens_meta=ExpertTokensMetadata(counts), check=True, workspace_limit=4000
     )
     one = problem._replace(
         hidden_states=rows,

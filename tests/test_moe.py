@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from strategies import DTYPES, make_problem, problems
 
 import cumoe
+from cumoe import _plan
 from cumoe._call import enter_call
+from cumoe._kernel_choice import choose_kernel
 from cumoe.reference import experts
 from cumoe.reference.act import ACTIVATIONS
 
@@ -36,6 +38,11 @@ def run(problem, xp=np, **keywords):
     keywords.setdefault("quant_config", quant_config(problem, xp))
     out = cumoe.fused_experts(*arrays, activation=problem.activation, **keywords)
     return out if xp is np else out.get()
+
+
+def any_layout(xp, dtype):
+    """A kernel that takes rows wherever they begin, so that one layout has the bits of another."""
+    return None if xp is np else "fma" if dtype == "float32" else "mma"
 
 
 def law(problem, **keywords):
@@ -155,10 +162,11 @@ def test_one_choice_of_weight_one_is_a_dense_layer(xp, problem, seed):
     offsets = xp.asarray([0, num_tokens])
     biases = [None if b is None else xp.asarray(b[expert][None]) for b in (problem.w1_bias, problem.w2_bias)]
     x, w1, w2 = (xp.asarray(a) for a in (problem.hidden_states, problem.w1[[expert]], problem.w2[[expert]]))
-    h = cumoe.grouped_gemm(x, w1, offsets, bias=biases[0])
+    backend = any_layout(xp, problem.w1.dtype.name)  # 2I may suit a kernel that I does not suit
+    h = cumoe.grouped_gemm(x, w1, offsets, bias=biases[0], backend=backend)
     a = cumoe.moe_activation(h, problem.activation, **PARAMETERS.get(problem.activation, {}))
-    y = cumoe.grouped_gemm(a, w2, offsets, bias=biases[1])
-    assert run(problem, xp).tobytes() == y.tobytes()
+    y = cumoe.grouped_gemm(a, w2, offsets, bias=biases[1], backend=backend)
+    assert run(problem, xp, backend=backend).tobytes() == y.tobytes()
 
 
 @given(problem=problems(activations=("silu", "relu2_no_mul")), ranks=st.integers(2, 4))
@@ -208,13 +216,10 @@ def test_preparing_into_old_memory_replaces_the_weights(xp):
 
 @given(problem=problems(), share=st.floats(0, 1))
 def test_a_workspace_limit_changes_no_bit(xp, problem, share):
-    num_tokens, hidden_size = problem.hidden_states.shape
-    top_k = problem.topk_ids.shape[1]
-    sizes = (hidden_size, problem.w2.shape[2], len(problem.w1), 0)
-    dtype = problem.hidden_states.dtype.name
-    fixed = cumoe.plan(0, *sizes, dtype=dtype).workspace_bytes
-    per_token = top_k * (8 + (hidden_size + problem.w2.shape[2]) * problem.hidden_states.itemsize)
-    limit = fixed + per_token * max(1, int(share * num_tokens))
+    (num_tokens, hidden_size), dtype = problem.hidden_states.shape, problem.w1.dtype.name
+    sizes = _plan.Sizes(problem.topk_ids.shape[1], len(problem.w1), hidden_size, problem.w2.shape[2], dtype)
+    kernel = choose_kernel(xp, None, dtype, hidden_size, problem.w2.shape[2])
+    limit = _plan.scratch_bytes(sizes, _plan.share_out(xp, kernel, int(share * num_tokens), sizes))
     assert run(problem, xp, workspace_limit=limit).tobytes() == run(problem, xp).tobytes()
 
 
@@ -264,20 +269,23 @@ def test_what_is_not_a_result_is_never_read(problem):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inputs_are_not_written_and_may_be_read_only(dtype):
-    problem = make_problem(9, 2, 3, 33, 17, dtype, bias=True)
-    expected = run(problem)
-    before = [array.tobytes() for array in problem[:7]]
-    for array in problem[:7]:
-        array.flags.writeable = False
-    assert run(problem).tobytes() == expected.tobytes()
-    assert [array.tobytes() for array in problem[:7]] == before
+def test_inputs_are_not_written_and_may_be_read_only(xp, dtype):
+    problem = make_problem(9, 2, 3, 32, 16, dtype, bias=True)
+    expected = run(problem, xp)
+    if xp is np:
+        for array in problem[:7]:
+            array.flags.writeable = False
+    config = cumoe.biased_moe_quant_config(*(xp.asarray(bias) for bias in problem[5:7]))
+    arrays = [xp.asarray(array) for array in problem[:5]]
+    before = [array.tobytes() for array in (*arrays, config.w1_bias, config.w2_bias)]
+    assert cumoe.fused_experts(*arrays, quant_config=config).tobytes() == expected.tobytes()
+    assert [array.tobytes() for array in (*arrays, config.w1_bias, config.w2_bias)] == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_change_no_bit(xp, dtype):
-    problem = make_problem(6, 2, 3, 40, 24, dtype)
-    expected = run(problem, xp)
+    problem, backend = make_problem(6, 2, 3, 40, 24, dtype), any_layout(xp, dtype)
+    expected = run(problem, xp, backend=backend)
 
     def spread(array):  # rows apart in memory
         wide = np.full((*array.shape[:-1], array.shape[-1] + 5), 9).astype(array.dtype)
@@ -290,7 +298,8 @@ def test_strides_change_no_bit(xp, dtype):
     for layout in (spread, turned):
         arrays = [layout(array) for array in problem[:5]]
         assert not arrays[1].flags.c_contiguous
-        assert cumoe.fused_experts(*arrays).tobytes() == expected.tobytes()
+        assert cumoe.fused_experts(*arrays, backend=backend).tobytes() == expected.tobytes()
+        assert_within(cumoe.fused_experts(*arrays) if xp is np else cumoe.fused_experts(*arrays).get(), law(problem))
 
 
 @pytest.mark.parametrize("ids", ["int32", "int64", "uint32"])
@@ -329,12 +338,12 @@ def test_fused_moe_is_routing_then_experts(xp):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_infinite_and_nan_tokens_stay_in_their_rows(dtype):
+def test_infinite_and_nan_tokens_stay_in_their_rows(xp, dtype):
     problem = make_problem(8, 2, 3, 40, 24, dtype)
-    clean = run(problem)
+    clean = run(problem, xp)
     x = problem.hidden_states.copy()
     x[2, 5], x[4] = np.nan, np.inf
-    out = run(problem._replace(hidden_states=x))
+    out = run(problem._replace(hidden_states=x), xp)
     rest = [0, 1, 3, 5, 6, 7]
     assert out[rest].tobytes() == clean[rest].tobytes()
     assert np.isnan(out[2].astype(np.float32)).all()
@@ -343,7 +352,7 @@ def test_infinite_and_nan_tokens_stay_in_their_rows(dtype):
 
 @pytest.mark.parametrize("mutate", ["swap_gate_and_up", "lose_a_choice", "wrong_expert", "unweighted", "zero"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_verify_rejects_wrong_answers(dtype, mutate):
+def test_verify_rejects_wrong_answers(xp, dtype, mutate):
     problem = make_problem(16, 2, 4, 64, 48, dtype)
     wrong = {
         "swap_gate_and_up": lambda: problem._replace(w1=np.roll(problem.w1, 48, axis=1)),
@@ -352,23 +361,25 @@ def test_verify_rejects_wrong_answers(dtype, mutate):
         "unweighted": lambda: problem._replace(topk_weights=np.ones_like(problem.topk_weights)),
         "zero": lambda: problem._replace(topk_weights=0 * problem.topk_weights),
     }[mutate]()
-    assert cumoe.verify(run(problem), *problem[:5], sample=None).ok
-    found = cumoe.verify(run(wrong), *problem[:5], sample=None)
+    arrays = [xp.asarray(array) for array in problem[:5]]
+    assert cumoe.verify(xp.asarray(run(problem, xp)), *arrays, sample=None).ok
+    found = cumoe.verify(xp.asarray(run(wrong, xp)), *arrays, sample=None)
     assert not found.ok
     assert found.max_ratio > 1
     assert str(found).startswith("OUTSIDE the bound")
 
 
-def test_every_activation_has_an_epilogue():
-    for activation in ACTIVATIONS:
-        problem = make_problem(3, 1, 2, 16, 16, activation=activation)
-        assert_within(run(problem), law(problem))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_activation_has_an_epilogue(xp, dtype):
+    for activation in ACTIVATIONS if xp is not np or dtype == "float32" else ("gelu", "relu2_no_mul"):
+        problem = make_problem(3, 1, 2, 16, 16, dtype, activation)
+        assert_within(run(problem, xp), law(problem))
 
 
 def test_plan_counts_what_the_call_does():
     plan = cumoe.plan(100, 64, 32, 8, 2, dtype="bfloat16")
     assert plan.flops == 2 * 3 * 100 * 2 * 64 * 32
-    assert plan.workspace_bytes == 8 * 9 + 100 * 2 * (8 + 2 * (64 + 32))
+    assert 0 <= plan.workspace_bytes - (8 * 9 + 100 * 2 * (8 + 2 * (64 + 32))) <= 7 * 256
     assert plan.bytes == round(8 * (1 - 0.75**100) * 3 * 64 * 32 * 2) + 2 * 100 * 64 * 2
     assert plan.floor(1e9, 1e12) == plan.bytes / 1e9
     limited = cumoe.plan(100, 64, 32, 8, 2, workspace_limit=5000)

@@ -320,6 +320,7 @@ def test_tokens_beyond_int32():
     out, nothing = np.empty((3, n), np.uint16), np.empty(0, np.float32)
     room.grouped_gemm(
         x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), np.array([0, 3]), np.empty((0, 0), np.float32),
-        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", best_kernel("bfloat16"), out,
+        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", best_kernel("bfloat16", k, n, True, False),
+        np.empty(0, np.int32), 0, out,
     )  # fmt: skip
     assert out.tobytes() == cumoe.grouped_gemm(x[[-1, -2, 0]], w, np.array([0, 3])).tobytes()

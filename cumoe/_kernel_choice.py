@@ -1,0 +1,46 @@
+"""Which kernel multiplies: the best one for the arrays of a call, or the one that the caller names."""
+
+from types import ModuleType
+
+from cumoe import _arrays, _check
+
+
+def choose_kernel(
+    xp: ModuleType,
+    backend: str | None,
+    dtype: str,
+    hidden_size: int,
+    intermediate_size: int,
+    aligned: bool = True,
+    scaled: bool = False,
+    packed_for: str | None = None,
+) -> str:
+    """
+    Return the name of the kernel, or raise with the names of those that could run and why this one cannot.
+
+    `aligned` says that rows begin at multiples of 16 bytes, `scaled` that router weights go on the tokens
+    first, `packed_for` for which kernel the weights are packed already.
+    """
+    pack = _arrays.room(xp, "pack")
+    needs = dtype, hidden_size, intermediate_size, aligned, scaled
+    if backend is None:
+        if packed_for is None or pack.refusal(packed_for, *needs) is not None:
+            return str(pack.best_kernel(*needs))
+        return packed_for
+    _check.choice("backend", backend, pack.kernel_names())
+    reason = pack.refusal(backend, *needs)
+    if reason is not None:
+        able = [name for name in pack.kernel_names() if pack.refusal(name, *needs) is None]
+        raise NotImplementedError(f"no kernel for backend={backend!r} ({reason}); available: {', '.join(able)}")
+    if packed_for is not None and not pack.same_layout(packed_for, backend):
+        raise ValueError(f"backend must be that of w1 = {packed_for!r}, got {backend!r}; prepare w1 for it")
+    return backend
+
+
+def rows_are_aligned(*arrays: _arrays.Array) -> bool:
+    """Whether all rows of CuPy arrays, whose elements are neighbours, begin at multiples of 16 bytes."""
+    for array in arrays:
+        steps = [step for step, extent in zip(array.strides[:-1], array.shape[:-1], strict=True) if extent > 1]
+        if any(number % 16 for number in (array.data.ptr, *steps)):
+            return False
+    return True
