@@ -52,6 +52,22 @@ def test_an_error_under_capture_ends_the_capture(cupy):
         assert not stopwatch.stream.capturing
 
 
+def test_a_gpu_that_hangs_ends_the_process(cupy, monkeypatch, capsys):
+    class EndedError(BaseException):
+        pass
+
+    def end(status):
+        raise EndedError(status)
+
+    monkeypatch.setattr(gpu_timing.os, "_exit", end)
+    monkeypatch.setattr(gpu_timing, "_HUNG_S", 0.01)
+    monkeypatch.setattr(fake_cupy.Event, "done", False)
+    stopwatch = gpu_timing.Stopwatch()
+    with pytest.raises(EndedError, match=str(gpu_timing.HUNG)):
+        stopwatch.wait()
+    assert "the GPU has not answered for 0.01 s" in capsys.readouterr().err
+
+
 def test_a_sustained_run_takes_everybody_in_turn(cupy):
     log = []
     with gpu_timing.Stopwatch() as stopwatch:

@@ -175,6 +175,8 @@ class Suite:
         for name, make in everybody.items():
             with self._naming(f"{case}, {name}"):
                 contender = make()
+                contender.replay()
+                self.stopwatch.wait()
                 other = made.get(OWN, contender).out
                 judged[name] = gpu_contenders.check(contender, name.startswith(OWN), tokens, exact, other, case.dtype)
                 times[name] = self.stopwatch.burst(contender.replay, options.repeats, _IDLE_S if is_long else 0.0)
@@ -228,7 +230,9 @@ class Suite:
             self.console.print(table)
 
     def _operation(self, operation: gpu_operations.Operation, shape: shapes.Shape, dtype: str, num_tokens: int) -> None:
-        if wrong := operation.wrong(operation.call()):
+        result = operation.call()
+        self.stopwatch.wait()
+        if wrong := operation.wrong(result):
             raise WrongResultError(wrong)
         timed = self.stopwatch.burst(self.stopwatch.capture(operation.call), self.options.repeats)
         self._keep(

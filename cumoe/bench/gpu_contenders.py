@@ -154,13 +154,12 @@ def chosen(backend: str | None) -> dict[str, str]:
 
 def check(contender: Contender, is_own: bool, tokens: Any, exact: Any, other: Any, dtype: str) -> gpu_check.Judgement:
     """
-    How far the result of a replay is from the exact one of some `tokens`; raises if that is too far.
+    How far the result is from the exact one of some `tokens`; raises if that is too far.
 
     All tokens are compared with `other`, a result that was checked before.
     """
     import cupy as cp
 
-    contender.replay()
     judged = gpu_check.judge(gpu_check.rows_on_host(contender.out, tokens), exact)
     if is_own and not judged.max_ratio <= 1:
         raise WrongResultError(f"{judged.max_ratio:.3g} of its error bound")

@@ -10,6 +10,8 @@ kernels: `burst`, a few replays after a pause, and `sustained`, all contenders i
 """
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +21,10 @@ from cumoe.bench.timing import Timing
 FLUSH_BYTES = 256 << 20
 REPEATS = 20
 
+HUNG = 3  # exit status
+
+_HUNG_S = 60
+_SPIN_S = 0.001
 _WARM_CALLS = 3
 _WARM_S = 0.05  # an idle GPU runs at a fraction of its clock and takes some milliseconds to wake
 _UNSETTLED = 0.4  # of a sustained run: its first part, in which the clock still falls
@@ -62,14 +68,25 @@ class Stopwatch:
         self._open.enter_context(torch.cuda.stream(torch.cuda.ExternalStream(self.stream.ptr)))
 
     def wait(self) -> None:
-        """Wait until the GPU has done everything."""
-        self.stream.synchronize()
+        """Wait until the GPU has done everything; end the process if it never does."""
+        done = self._cp.cuda.Event(disable_timing=True)
+        done.record(self.stream)
+        started = time.perf_counter()
+        while not done.done:
+            waited = time.perf_counter() - started
+            if waited > _HUNG_S:
+                # every call would wait for the kernel that hangs, those of an orderly end too
+                print(f"cumoe: the GPU has not answered for {_HUNG_S} s: giving up", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(HUNG)
+            if waited > _SPIN_S:
+                time.sleep(_SPIN_S)
 
     def capture(self, call: Callable[[], Any]) -> Replay:
         """Turn `call` into a graph. It runs twice before, so that kernels are compiled and memory is at hand."""
         for _ in range(2):
             call()
-        self.stream.synchronize()
+        self.wait()
         self.stream.begin_capture()
         try:
             kept = call()
@@ -85,7 +102,7 @@ class Stopwatch:
         while calls < _WARM_CALLS or time.perf_counter() - started < _WARM_S:
             self._cold(flush)
             replay()
-            self.stream.synchronize()
+            self.wait()
             calls += 1
         time.sleep(idle_s)
         return Timing(tuple(self._timed([replay] * repeats, flush)))
@@ -112,7 +129,7 @@ class Stopwatch:
             start.record(self.stream)
             replay()
             end.record(self.stream)
-        self.stream.synchronize()
+        self.wait()
         return [1e3 * cuda.get_elapsed_time(start, end) for start, end in events]
 
     def _cold(self, flush: bool) -> None:
