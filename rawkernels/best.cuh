@@ -63,6 +63,7 @@ template <typename F>
 __device__ __forceinline__ uint64 next_best(int num_elements, uint64 previous, F key_of)
 {
     uint64 best = 0;
+#pragma unroll 2
     for (int64 i = threadIdx.x % 32; i < num_elements; i += 32) {
         const uint64 key = key_of((int)i);
         best = key < previous && key > best ? key : best;

@@ -17,5 +17,17 @@ def _launch(name, dtype, topk_ids, arrays, num_experts):
     num_tokens, top_k = topk_ids.shape
     if num_tokens == 0:
         return
-    kernel = _load.kernel("dense_route.cu", name, X=dtype, ID=_rows.c_type(topk_ids), WARPS=_rows.WARPS)
+    kernel = _load.kernel("dense_route.cu", name, **_constants(dtype, _rows.c_type(topk_ids)))
     kernel(_rows.blocks(num_tokens), _rows.BLOCK, *arrays, num_tokens, num_experts, top_k, overlap=True)
+
+
+def variants(arch):
+    """All that there are."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        for ids in ("int", "int64"):
+            for name in ("topk_from_dense", "dense_from_topk"):
+                yield "dense_route.cu", name, _constants(dtype, ids)
+
+
+def _constants(dtype, ids):
+    return {"X": dtype, "ID": ids, "WARPS": _rows.WARPS}

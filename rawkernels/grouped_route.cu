@@ -153,10 +153,9 @@ void grouped_topk_long(const X* router_logits, const float* bias, const uint8* i
     wait_for_previous();
     let_next_start();
     if (t >= num_tokens) return;
-    topk_weights += t * top_k;
-    topk_ids += t * top_k;
+    const int64 pairs = t * top_k; // of the tokens before
     if (is_padding != nullptr && is_padding[t] != 0) {
-        drop(topk_weights, topk_ids, top_k);
+        drop(topk_weights + pairs, topk_ids + pairs, top_k);
         return;
     }
 
@@ -195,13 +194,15 @@ void grouped_topk_long(const X* router_logits, const float* bias, const uint8* i
             const int e = index_of(previous);
             const float chosen = is_number(previous) ? score<SCORING>(load(logits[e]), top) : 0.0f;
             sum += chosen;
-            topk_weights[j] = chosen;
-            topk_ids[j] = (ID)e;
+            topk_weights[pairs + j] = chosen;
+            topk_ids[pairs + j] = (ID)e;
         }
     }
     sum = warp_sum(sum);
+#pragma unroll 1
     for (int j = lane; j < top_k; j += 32) { // a lane reads what it wrote
-        topk_weights[j] =
-            any ? finish(topk_weights[j], renormalize ? sum + FLOOR * total : total, scale, nullptr) : 1.0f / top_k;
+        topk_weights[pairs + j] =
+            any ? finish(topk_weights[pairs + j], renormalize ? sum + FLOOR * total : total, scale, nullptr)
+                : 1.0f / top_k;
     }
 }

@@ -156,10 +156,9 @@ void fused_topk_long(const X* router_logits, const float* bias, const int64* inp
     let_next_start();
     if (t >= num_tokens) return;
 
-    float* weights = topk_weights + t * top_k;
-    ID* ids = topk_ids + t * top_k;
+    const int64 pairs = t * top_k; // of the tokens before
     if (is_padding != nullptr && is_padding[t] != 0) {
-        drop(weights, ids, top_k);
+        drop(topk_weights + pairs, topk_ids + pairs, top_k);
         return;
     }
     const Token token = find_token(router_logits, bias, input_ids, table, image_bias, first_image_id, vocabulary, t,
@@ -183,15 +182,16 @@ void fused_topk_long(const X* router_logits, const float* bias, const int64* inp
         if (lane == j % 32) {
             const float chosen = id >= 0 && id < num_experts ? score<SCORING>(load(token.logits[id]), top) : 0.0f;
             kept += chosen;
-            weights[j] = chosen;
-            ids[j] = (ID)id;
+            topk_weights[pairs + j] = chosen;
+            topk_ids[pairs + j] = (ID)id;
         }
     }
     kept = warp_sum(kept);
+#pragma unroll 1
     for (int j = lane; j < top_k; j += 32) { // a lane reads what it wrote
-        const int64 id = ids[j];
+        const int64 id = topk_ids[pairs + j];
         const bool counts = id >= 0 && id < num_experts;
         const float* factor = counts && per_expert_scale != nullptr ? per_expert_scale + id : nullptr;
-        weights[j] = finish(weights[j], renormalize ? kept : total, scale, factor);
+        topk_weights[pairs + j] = finish(topk_weights[pairs + j], renormalize ? kept : total, scale, factor);
     }
 }

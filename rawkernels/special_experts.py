@@ -12,14 +12,8 @@ def zero_experts(
     num_tokens, hidden_size = out.shape
     if num_tokens == 0:
         return
-    kernel = _load.kernel(
-        "special_experts.cu",
-        "zero_experts",
-        X=dtype,
-        ID=_rows.c_type(topk_ids),
-        WIDTH=_rows.width(hidden_states, out),
-        BLOCK=_BLOCK,
-    )
+    constants = _constants(dtype, _rows.width(hidden_states, out), _rows.c_type(topk_ids))
+    kernel = _load.kernel("special_experts.cu", "zero_experts", **constants)
     kernel(
         num_tokens,
         _BLOCK,
@@ -36,3 +30,14 @@ def zero_experts(
         hidden_size,
         overlap=True,
     )
+
+
+def variants(arch):
+    """For rows that allow wide loads, and for one that does not."""
+    for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4)):
+        yield "special_experts.cu", "zero_experts", _constants(dtype, width)
+    yield "special_experts.cu", "zero_experts", _constants("float16", 1, "int64")
+
+
+def _constants(dtype, width, ids="int"):
+    return {"X": dtype, "ID": ids, "WIDTH": width, "BLOCK": _BLOCK}
