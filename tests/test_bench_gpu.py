@@ -264,7 +264,7 @@ def test_the_readme_gets_every_case_and_operation(suite, tmp_path):
     for table in (layers, operations):
         assert len({line.count("|") for line in table}) == 1
     assert "cumoe, plain weights" in layers[0]
-    assert layers[2].startswith("| 1 | 0.") and layers[3].startswith("| 20 | 0.")
+    assert layers[2].startswith("| 1 | ") and layers[3].startswith("| 20 | ")
 
 
 def test_a_case_that_failed_stays_in_the_readme(suite, tmp_path):
