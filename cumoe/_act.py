@@ -139,6 +139,7 @@ def moe_activation(
     return apply(x, activation, *chosen, out)
 
 
+@_arrays.on_callers_stream
 def apply(x: Array, activation: str, alpha: float, beta: float, limit: float, out: Array | None) -> Array:
     """Check the arrays and run one activation; the parameters are checked already."""
     side, (x, out) = _arrays.enter(x=x, out=out)

@@ -10,6 +10,7 @@ from cumoe._arrays import Array
 _LARGEST = 2**31 - 1  # slots are int32
 
 
+@_arrays.on_callers_stream
 def moe_align_block_size(
     topk_ids: Array,
     block_size: int,
@@ -105,6 +106,7 @@ def moe_align_block_size(
     return tuple(side.leave(array) for array in outputs[: 4 if return_scatter_idx else 3])
 
 
+@_arrays.on_callers_stream
 def batched_moe_align_block_size(
     max_tokens_per_batch: int, block_size: int, expert_num_tokens: Array
 ) -> tuple[Array, Array, Array]:
@@ -172,6 +174,7 @@ def batched_moe_align_block_size(
     return side.leave(outputs[0]), side.leave(outputs[1]), side.leave(outputs[2])
 
 
+@_arrays.on_callers_stream
 def naive_block_assignment(topk_ids: Array, block_size: int, num_experts: int) -> tuple[None, Array, Array]:
     """
     Give every (token, choice) pair a block of its own, without sorting.
@@ -275,6 +278,7 @@ def use_naive_block_assignment(
     return sparse and weights_on_device and not has_expert_map and not is_grouped_wna16
 
 
+@_arrays.on_callers_stream
 def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map: Array | None = None) -> Array:
     """
     Count the pairs that each local expert gets.

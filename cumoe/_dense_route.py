@@ -5,6 +5,7 @@ from cumoe import _router_arguments as arguments
 from cumoe._arrays import Array
 
 
+@_arrays.on_callers_stream
 def topk_from_dense(router_weights: Array, top_k: int, *, indices_dtype: str = "int32") -> tuple[Array, Array]:
     """
     Read the choices of each token out of a dense table of weights.
@@ -61,6 +62,7 @@ def topk_from_dense(router_weights: Array, top_k: int, *, indices_dtype: str = "
     return side.leave(topk_weights), side.leave(topk_ids)
 
 
+@_arrays.on_callers_stream
 def dense_from_topk(topk_weights: Array, topk_ids: Array, num_experts: int) -> Array:
     """
     Spread the choices of each token over a dense table of weights.

@@ -5,6 +5,7 @@ from cumoe import _router_arguments as arguments
 from cumoe._arrays import Array
 
 
+@_arrays.on_callers_stream
 def grouped_topk(
     router_logits: Array,
     top_k: int,

@@ -6,6 +6,7 @@ from cumoe import _arrays, _check
 from cumoe._arrays import Array
 
 
+@_arrays.on_callers_stream
 def grouped_mm_offsets(expert_first_token_offset: Array) -> Array:
     """
     Say where each group ends, as ``torch.nn.functional.grouped_mm`` wants it.
@@ -42,6 +43,7 @@ def grouped_mm_offsets(expert_first_token_offset: Array) -> Array:
     return side.leave(offsets[1:].astype(np.int32))
 
 
+@_arrays.on_callers_stream
 def ragged_dot_group_sizes(expert_first_token_offset: Array) -> Array:
     """
     Say how large each group is, as ``jax.lax.ragged_dot`` wants it.
@@ -82,6 +84,7 @@ def ragged_dot_group_sizes(expert_first_token_offset: Array) -> Array:
     return side.leave((offsets[1:] - offsets[:-1]).astype(np.int32))
 
 
+@_arrays.on_callers_stream
 def first_token_offset(group_sizes: Array) -> Array:
     """
     Say where each group starts, from the sizes of the groups.
@@ -124,6 +127,7 @@ def first_token_offset(group_sizes: Array) -> Array:
     return side.leave(offsets)
 
 
+@_arrays.on_callers_stream
 def aligned_end_offsets(expert_num_tokens: Array, alignment: int = 128) -> Array:
     """
     Say where the tokens of each expert end in the rows of `moe_permute_aligned`.
@@ -167,6 +171,7 @@ def aligned_end_offsets(expert_num_tokens: Array, alignment: int = 128) -> Array
     return side.leave((side.xp.cumsum(padded) - padded + counts).astype(np.int32))
 
 
+@_arrays.on_callers_stream
 def tma_aligned_scale(scale: Array, *, pack_ue8m0: bool = False) -> Array:
     """
     Lay scales column by column, as the tensor memory accelerator loads them.

@@ -8,6 +8,7 @@ from cumoe import _arrays, _check
 from cumoe._arrays import Array
 
 
+@_arrays.on_callers_stream
 def moe_permute(
     hidden_states: Array,
     a1q_scale: Array | None,
@@ -103,6 +104,7 @@ def moe_permute(
     return side.leave(rows), permuted_scale, *indices
 
 
+@_arrays.on_callers_stream
 def moe_permute_aligned(
     hidden_states: Array,
     a1q_scale: Array | None,
@@ -277,7 +279,7 @@ def _check_tokens(x: Array, scale: Array | None, ids: Array) -> None:
 
 def _rows(xp: Any, x: Array, num_rows: int, letters: str, out: Array | None, **inputs: Any) -> Array:
     if out is None:
-        return xp.zeros((num_rows, x.shape[1]), x.dtype)
+        return _arrays.zeros(xp, (num_rows, x.shape[1]), x.dtype)
     _check.output("out", out, letters, (num_rows, x.shape[1]), x.dtype.name, **inputs)
     return out
 
@@ -287,7 +289,7 @@ def _permute_scale(
 ) -> Array:
     if scale is None or scale.ndim != 2 or len(scale) != num_tokens:  # one for all tokens
         return given
-    out = xp.zeros((len(permuted_idx), scale.shape[1]), scale.dtype)
+    out = _arrays.zeros(xp, (len(permuted_idx), scale.shape[1]), scale.dtype)
     room.gather_rows(_bytes(scale), permuted_idx, _bytes(out), top_k)
     return side.leave(out)
 

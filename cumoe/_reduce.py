@@ -6,6 +6,7 @@ from cumoe._batched import moe_unbatch
 from cumoe._unpermute import moe_fused_mul_sum, moe_sum
 
 
+@_arrays.on_callers_stream
 def topk_weight_and_reduce(
     fused_expert_output: Array,
     topk_weights: Array,

@@ -5,6 +5,7 @@ from cumoe import _router_arguments as arguments
 from cumoe._arrays import Array
 
 
+@_arrays.on_callers_stream
 def fused_topk(
     router_logits: Array,
     top_k: int,
@@ -132,6 +133,7 @@ def fused_topk(
     return tuple(side.leave(array) for array in results)
 
 
+@_arrays.on_callers_stream
 def hash_topk(
     router_logits: Array,
     input_ids: Array,

@@ -16,6 +16,7 @@ from cumoe._special_experts import zero_experts
 RoutingFunction = Callable[[Any, Any, int, bool], tuple[Array, Array]]
 
 
+@_arrays.on_callers_stream
 def select_experts(
     hidden_states: Array | None,
     router_logits: Array,
@@ -209,6 +210,7 @@ def select_experts(
     return tuple(side.leave(array) for array in results)
 
 
+@_arrays.on_callers_stream
 def append_shared_experts(
     topk_weights: Array,
     topk_ids: Array,
@@ -272,6 +274,7 @@ def append_shared_experts(
     return side.leave(weights), side.leave(ids)
 
 
+@_arrays.on_callers_stream
 def llama4_routing(hidden_states: Any, gating_output: Array, topk: int, renormalize: bool) -> tuple[Array, Array]:
     """
     Choose experts by their logits and weigh them by the sigmoid of these, as Llama 4 does.

@@ -7,6 +7,7 @@ from cumoe._arrays import Array
 ZERO_EXPERT_TYPES = ("identity", "copy", "zero")
 
 
+@_arrays.on_callers_stream
 def zero_experts(
     hidden_states: Array,
     topk_weights: Array,

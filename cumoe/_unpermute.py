@@ -11,6 +11,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _WEIGHTS = ("float32", "float64", "float16", "bfloat16")
 
 
+@_arrays.on_callers_stream
 def moe_unpermute(
     permuted_hidden_states: Array,
     topk_weights: Array | None,
@@ -218,6 +219,7 @@ def moe_fused_mul_sum(
     return _weighted_sum(x, topk_weights, topk_ids, expert_map, out, keep=True)
 
 
+@_arrays.on_callers_stream
 def _weighted_sum(
     x: Array,
     topk_weights: Array | None,

@@ -219,6 +219,7 @@ class RoutingReport:
         )
 
 
+@_arrays.on_callers_stream
 def routing_report(
     topk_weights: Array,
     topk_ids: Array,
