@@ -1,6 +1,7 @@
 """NumPy in CuPy's clothes: what the GPU benchmarks ask of CuPy, on the host, so that their Python runs everywhere."""
 
 import contextlib
+import importlib
 import importlib.machinery
 import sys
 import time
@@ -8,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from cumoe import _arrays
 from cumoe.bench import gpu_arrays, gpu_timing
 
 log = []  # (what, stream) of everything that a stream was given
@@ -141,3 +143,18 @@ def _module(device):
         get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=contextlib.nullcontext),
     )
     return module
+
+
+def cpu_rooms(monkeypatch):
+    """The rooms of the CPU in place of those of the GPU, which has a list of tiles besides."""
+    cpu = importlib.import_module("cumoe.cpu.permute")
+
+    def sort_by_expert(topk_ids, expert_map, offsets, order, inverse, schedule, block_rows):
+        cpu.sort_by_expert(topk_ids, expert_map, offsets, order, inverse)
+        schedule[0] = sum(-(-np.diff(offsets) // block_rows))
+
+    permute = SimpleNamespace(sort_by_expert=sort_by_expert, schedule_size=lambda pairs, experts, rows: 4)
+    grouped_gemm = SimpleNamespace(block_rows=lambda *sizes: 8, explain=lambda *sizes: ())
+    rooms = {"permute": permute, "grouped_gemm": grouped_gemm, "pack": importlib.import_module("cumoe.cpu.pack")}
+    room = _arrays.room
+    monkeypatch.setattr(_arrays, "room", lambda xp, name: room(xp, name) if xp is np else rooms[name])

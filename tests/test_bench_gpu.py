@@ -14,11 +14,10 @@ import pytest
 from rich.console import Console
 
 import cumoe
-from cumoe import _arrays, cli
+from cumoe import cli
 from cumoe.bench import (
     gpu,
     gpu_ceilings,
-    gpu_contenders,
     gpu_operations,
     gpu_peers,
     gpu_tables,
@@ -41,33 +40,10 @@ def cupy(monkeypatch):
 # -- the suite -------------------------------------------------------------------------------------
 
 
-def contract(monkeypatch):
-    """The rooms of the CPU in place of those of the GPU."""
-    right = cumoe.fused_experts
-
-    def fused_experts(*arguments, workspace, **named):
-        assert workspace.dtype == np.uint8 and workspace.size == 1000
-        return right(*arguments, **named)
-
-    def sort_by_expert(topk_ids, expert_map, offsets, order, inverse, schedule, block_rows):
-        cpu.sort_by_expert(topk_ids, expert_map, offsets, order, inverse)
-        schedule[0] = sum(-(-np.diff(offsets) // block_rows))
-
-    cpu = importlib.import_module("cumoe.cpu.permute")
-    permute = SimpleNamespace(sort_by_expert=sort_by_expert, schedule_size=lambda pairs, experts, rows: 4)
-    rooms = {"permute": permute, "grouped_gemm": SimpleNamespace(block_rows=lambda *sizes: 8)}
-    room = _arrays.room
-    monkeypatch.setattr(_arrays, "room", lambda xp, name: room(xp, name) if xp is np else rooms[name])
-    monkeypatch.setattr(cumoe, "fused_experts", fused_experts)
-    plan = SimpleNamespace(workspace_bytes=1000, kernel="none")
-    monkeypatch.setattr(gpu_contenders, "plan", lambda *sizes: plan)
-    monkeypatch.setattr("cumoe._info.gpu_kernels", lambda: {"kernel bfloat16": "none"})
-
-
 @pytest.fixture
 def suite(cupy, monkeypatch, tmp_path):
     """Run the whole suite on the host: graphs are calls, and the ceilings are given."""
-    contract(monkeypatch)
+    fake_cupy.cpu_rooms(monkeypatch)
     monkeypatch.setattr(gpu_timing.Stopwatch, "capture", lambda self, call: call)
     monkeypatch.setattr(gpu_ceilings, "measure", lambda stopwatch, dtype: CEILINGS)
     monkeypatch.setattr(gpu, "_OPERATIONS_SHAPE", "tiny")
@@ -134,7 +110,7 @@ def test_parts_are_run_alone(suite):
 def test_a_peer_is_measured_and_a_wrong_one_is_named(suite, monkeypatch):
     def peer(name, factor):
         def make(*arrays):
-            out = factor * cumoe.fused_experts(*arrays, workspace=np.empty(1000, np.uint8))
+            out = factor * cumoe.fused_experts(*arrays)
             return (lambda: None), out
 
         return SimpleNamespace(name=name, missing=lambda: "", make=make)

@@ -1,14 +1,12 @@
 """The demo on a GPU, over a stand-in for CuPy: its table, its verdict, and how it ends."""
 
-import functools
 import re
-from types import SimpleNamespace
 
 import fake_cupy
 import pytest
 
 import cumoe
-from cumoe import _demo, _info, cli
+from cumoe import _demo, cli
 from cumoe.bench import ceilings, gpu_ceilings, gpu_demo, gpu_timing
 
 LIMITS = gpu_ceilings.Limits(4e12, 800e12)
@@ -18,25 +16,18 @@ LIMITS = gpu_ceilings.Limits(4e12, 800e12)
 def demo(monkeypatch, capsys):
     """Run the demo with graphs that are calls, CPU rooms and given ceilings; return its exit status and output."""
     fake_cupy.install(monkeypatch)
+    fake_cupy.cpu_rooms(monkeypatch)
     monkeypatch.setattr(gpu_timing.Stopwatch, "capture", lambda self, call: call)
     given = gpu_ceilings.Ceilings(LIMITS, LIMITS, "cuBLAS", 3.1, 1400.0, 690.0)
     monkeypatch.setattr(gpu_ceilings, "measure", lambda stopwatch, dtype, sustained_s: given)
     fixed = ceilings.Ceilings(10.0, 1 << 20, 100.0, "avx", 2)
     monkeypatch.setattr(ceilings, "measure", lambda dtype, available_bytes=None: fixed)
-    monkeypatch.setattr(cumoe, "plan", lambda *sizes, **named: SimpleNamespace(workspace_bytes=1000), raising=False)
-    monkeypatch.setattr(cumoe, "fused_moe", functools.partial(without_workspace, cumoe.fused_moe), raising=False)
-    monkeypatch.setattr(_info, "gpu_kernels", dict)
 
     def run(*options):
         status = cli.main(["demo", "--shape", "tiny", "--tokens", "20", *options])
         return status, capsys.readouterr().out
 
     return run
-
-
-def without_workspace(function, *arguments, workspace=None, **named):
-    """The scratch of a GPU is no use to the CPU."""
-    return function(*arguments, **named)
 
 
 def rows(text):
