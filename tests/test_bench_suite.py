@@ -158,6 +158,11 @@ def test_a_result_file_has_ordinary_permissions(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+def test_the_command_names_no_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cumoe", "bench", "--output", "/a/b c/out", "--output=/d/e", "--shapes", "x/y"])
+    assert results.header("gpu")["command"] == "cumoe bench --output .../out --output=.../e --shapes x/y"
+
+
 def test_newest_goes_by_the_date_inside(tmp_path):
     for name, suite, date in (("z", "cpu", "2026-01-01"), ("a", "cpu", "2026-02-01"), ("b", "gpu", "2026-03-01")):
         results.write(tmp_path / f"{name}.csv", {"suite": suite, "date": date}, [])

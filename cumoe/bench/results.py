@@ -23,7 +23,7 @@ def header(suite: str, commit: str = "") -> dict[str, str]:
         "suite": suite,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _info.git_commit() or commit or "not a checkout",
-        "command": shlex.join(["cumoe", *sys.argv[1:]]),
+        "command": shlex.join(["cumoe", *map(_without_folders, sys.argv[1:])]),
     }
     if suite == "gpu":
         facts |= {"gpu " + name: value for name, value in _info.gpus().items()}
@@ -34,6 +34,11 @@ def header(suite: str, commit: str = "") -> dict[str, str]:
         facts |= {"cpu " + name: value for name, value in cpu.items()}
         facts |= {"kernel " + dtype: names.partition(" ")[0] for dtype, names in kernels.items()}
     return facts | {"version " + name: value for name, value in _info.versions().items()}
+
+
+def _without_folders(word: str) -> str:
+    """Leave the folders of a path out: they are those of one machine."""
+    return re.sub(r"(^|=)/.*/", r"\1.../", word)
 
 
 def default_path(folder: Path, facts: Mapping[str, str]) -> Path:
