@@ -17,7 +17,7 @@ from cumoe.bench.gpu_clocks import Watch
 from cumoe.bench.gpu_timing import Stopwatch
 from cumoe.bench.timing import Timing
 
-READ_BYTES = 4 << 30
+READ_BYTES = 4 << 30  # a quarter of what is free, where that is less
 PRODUCT_SIZE = 8192
 _IDLE_S = 0.2
 _MEGA, _TERA = 1e6, 1e12
@@ -76,14 +76,16 @@ class Ceilings:
 
 def measure(stopwatch: Stopwatch, dtype: str, sustained_s: float = 1.0) -> Ceilings:
     """Measure both limits for matrices of `dtype`; takes about twice `sustained_s` and a second."""
-    read_burst, read_load, _ = _twice(stopwatch, _read(stopwatch), sustained_s / 2)
+    read, num_bytes = _read(stopwatch)
+    read_burst, read_load, _ = _twice(stopwatch, read, sustained_s / 2)
+    del read
     product, name = _product(stopwatch, dtype)
     burst, load, watch = _twice(stopwatch, product, sustained_s)
     nothing = stopwatch.burst(stopwatch.capture(gpu_arrays.nothing))
     flops = 2 * PRODUCT_SIZE**3
     return Ceilings(
-        Limits(READ_BYTES / read_burst.best_us * _MEGA, flops / burst.best_us * _MEGA),
-        Limits(READ_BYTES / read_load.median_us * _MEGA, flops / load.median_us * _MEGA),
+        Limits(num_bytes / read_burst.best_us * _MEGA, flops / burst.best_us * _MEGA),
+        Limits(num_bytes / read_load.median_us * _MEGA, flops / load.median_us * _MEGA),
         name,
         nothing.median_us,
         watch.sm_mhz,
@@ -98,15 +100,16 @@ def _twice(stopwatch: Stopwatch, run: Callable[[], object], sustained_s: float) 
     return burst, load, watch
 
 
-def _read(stopwatch: Stopwatch) -> Callable[[], object]:
-    """One read of an array that no cache holds, after a look that all of it is read."""
+def _read(stopwatch: Stopwatch) -> tuple[Callable[[], object], int]:
+    """One read of an array that no cache holds, after a look that all of it is read; and its bytes."""
     import cupy as cp
 
-    words, total = cp.ones(READ_BYTES // 4, cp.uint32), cp.zeros(1, cp.uint64)
+    num_bytes = min(READ_BYTES, int(cp.cuda.Device().mem_info[0]) // 64 * 16)
+    words, total = cp.ones(num_bytes // 4, cp.uint32), cp.zeros(1, cp.uint64)
     gpu_arrays.read_sum(words, total)
     if int(total[0]) != words.size:
         raise RuntimeError(f"the sum of {words.size} ones must be {words.size}, got {int(total[0])}")
-    return stopwatch.capture(lambda: gpu_arrays.read_sum(words, total))
+    return stopwatch.capture(lambda: gpu_arrays.read_sum(words, total)), num_bytes
 
 
 def _product(stopwatch: Stopwatch, dtype: str) -> tuple[Callable[[], object], str]:
