@@ -169,6 +169,7 @@ def sort_pairs(
     num_pairs: Int32,
     num_local: Int32,
     block_rows: Int32,
+    even: Int32,
     sorters: Int32,
     per_warp: Int32,
 ):
@@ -228,7 +229,7 @@ def sort_pairs(
             rows[first + e] = row + before
             if cuda.blockIdx.x == 0:
                 offsets[e] = row
-        write_tiles(schedule, e, row, count, tile, tiles, block_rows)
+        write_tiles(schedule, e, row, count, tile, tiles, block_rows, even)
         if block_rows > 0 and e == num_local and cuda.blockIdx.x == 0:
             store_four(schedule, 0, tile, 0, 0, 0)
         base += cuda.blockDim.x

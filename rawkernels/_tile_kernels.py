@@ -2,7 +2,8 @@
 The list of tiles: which rows each block of a grouped product takes, made on the device.
 
     schedule             {number of tiles, 0, 0, 0}, then {expert, first row, rows, 0} for each tile; int32
-    tile i of expert e   rows first + i * block_rows on, at most block_rows; experts ascending
+    tile i of expert e   rows first + i * height on, at most height; experts ascending
+    height               block_rows; with `even`, less where the expert's rows then fall more evenly
 
 Work       every block sums up the tiles of all experts, a thread for each expert, and writes every gridDim-th of
            an expert's tiles
@@ -31,6 +32,7 @@ from cumoe.rawkernels._device import (
 )
 
 WARP = 32
+EVEN_ABOVE = 32  # tiles up to this height are the smallest that any product has
 OFFSETS = True
 
 
@@ -61,17 +63,27 @@ def sum_of_block(sums):
 
 
 @inlined
-def write_tiles(schedule, expert, row, count, tile, tiles, block_rows):
+def height_of(count, tiles, block_rows, even):
+    """Rows of each of an expert's tiles but the last: few enough for even tiles, in steps of 16, none of them empty."""
+    height = np.int64(block_rows)
+    if even and tiles > 1 and block_rows > EVEN_ABOVE:
+        height = min(height, divide(divide(count + tiles - 1, tiles) + 15, 16) * 16)
+    return height
+
+
+@inlined
+def write_tiles(schedule, expert, row, count, tile, tiles, block_rows, even):
     """Write this block's share of an expert's tiles."""
+    height = height_of(count, tiles, block_rows, even)
     i = np.int64(cuda.blockIdx.x)
     while i < tiles:
         keep_rolled()
-        done = i * block_rows
-        store_four(schedule, 1 + tile + i, expert, row + done, min(block_rows, count - done), 0)
+        done = i * height
+        store_four(schedule, 1 + tile + i, expert, row + done, min(height, count - done), 0)
         i += cuda.gridDim.x
 
 
-def list_tiles(counts: Counts, schedule: Int32s, num_local: Int32, block_rows: Int32, capacity: Int32):
+def list_tiles(counts: Counts, schedule: Int32s, num_local: Int32, block_rows: Int32, even: Int32, capacity: Int32):
     """Write the list from the offsets or the counts of the experts."""
     keep_small()
     let_next_start()
@@ -91,7 +103,7 @@ def list_tiles(counts: Counts, schedule: Int32s, num_local: Int32, block_rows: I
                 count = np.int64(min(max(np.int64(counts[e]), 0), capacity))
             tiles = divide(count + block_rows - 1, block_rows)
         tile = reached + sum_before(sums, tiles)
-        write_tiles(schedule, e, row, count, tile, tiles, block_rows)
+        write_tiles(schedule, e, row, count, tile, tiles, block_rows, even)
         if e == num_local and cuda.blockIdx.x == 0:
             store_four(schedule, 0, tile, 0, 0, 0)
         base += cuda.blockDim.x

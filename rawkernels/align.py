@@ -33,7 +33,7 @@ def align_block_size(
     offsets, dense, schedule = permute.sorted_scratch(num_pairs, num_experts, block_size)
     inv_permuted_idx = cp.empty(num_pairs, np.int32)
     used_map, labels = (expert_map, nothing) if ignore_invalid_experts else (nothing, expert_map)
-    permute.sort_by_expert(topk_ids, used_map, offsets, dense, inv_permuted_idx, schedule, block_size)
+    permute.sort_shifted(topk_ids, 0, used_map, offsets, dense, inv_permuted_idx, schedule, block_size)
     _numba.kernel("_layout_kernels.py", "pad_blocks")(
         *permute.grid_of(max(sorted_token_ids.size, num_pairs)),
         schedule,

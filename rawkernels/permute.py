@@ -31,12 +31,11 @@ def sort_by_expert(
     Fill the three outputs from `topk_ids` (T, k) and, for `block_rows` > 0, `schedule` with their tiles.
 
     `schedule` int32 (`schedule_size`,), aligned to 16 bytes: {number of tiles, 0, 0, 0}, then {expert, first row,
-    rows, 0} for each tile, at most `block_rows` rows of one expert; experts and rows ascend. Behind the tiles the
-    sort finds the memory it needs; where there is none it asks for its own.
+    rows, 0} for each tile, at most `block_rows` rows of one expert, in even parts; experts and rows ascend. Behind
+    the tiles the sort finds the memory it needs; where there is none it asks for its own.
     """
-    sort_shifted(
-        topk_ids, 0, expert_map, expert_first_token_offset, permuted_idx, inv_permuted_idx, schedule, block_rows
-    )
+    outputs = expert_first_token_offset, permuted_idx, inv_permuted_idx, schedule
+    sort_shifted(topk_ids, 0, expert_map, *outputs, block_rows, even=True)
 
 
 def sort_shifted(
@@ -48,8 +47,9 @@ def sort_shifted(
     inv_permuted_idx,
     schedule=None,
     block_rows=0,
+    even=False,
 ):
-    """`sort_by_expert` for ids that count from `first_expert`."""
+    """`sort_by_expert` for ids that count from `first_expert`; all tiles of an expert but the last full, or even."""
     num_pairs, num_local = topk_ids.size, expert_first_token_offset.size - 1
     ids = topk_ids, first_expert, expert_map, expert_map.size
     outputs = expert_first_token_offset, permuted_idx, inv_permuted_idx, schedule
@@ -61,7 +61,7 @@ def sort_shifted(
         return
     scratch = _scratch(schedule, *sizes)
     if plan.wide:
-        _sort_wide(ids, outputs, sizes, scratch)
+        _sort_wide(ids, outputs, sizes, even, scratch)
         return
     if plan.blocks > 1:
         _kernel("count_pairs", topk_ids)(
@@ -82,6 +82,7 @@ def sort_shifted(
         scratch,
         *outputs,
         *sizes,
+        int(even),
         plan.sorters,
         plan.per_warp,
         shared=plan.shared,
@@ -97,14 +98,15 @@ def schedule_size(num_pairs, num_experts, block_rows):
 def list_tiles(expert_first_token_offset, schedule, block_rows):
     """Fill the tiles of `schedule` from given offsets, int64 (E + 1,); nothing if `block_rows` is 0."""
     if block_rows > 0:
-        list_tiles_of(expert_first_token_offset, True, expert_first_token_offset.size - 1, schedule, block_rows, 0)
+        num_local = expert_first_token_offset.size - 1
+        list_tiles_of(expert_first_token_offset, True, num_local, schedule, block_rows, 0, even=True)
 
 
-def list_tiles_of(counts, offsets, num_local, schedule, block_rows, capacity):
+def list_tiles_of(counts, offsets, num_local, schedule, block_rows, capacity, even=False):
     """`list_tiles` from offsets, or from the counts of shelves of `capacity` rows."""
     threads = min(_numba.MAX_THREADS, _whole_warps(num_local + 1))
     _numba.kernel("_tile_kernels.py", "list_tiles", COUNT=counts.dtype.name, OFFSETS=offsets)(
-        _LISTING_BLOCKS, threads, counts, schedule, num_local, block_rows, capacity, overlap=True
+        _LISTING_BLOCKS, threads, counts, schedule, num_local, block_rows, int(even), capacity, overlap=True
     )
 
 
@@ -183,7 +185,7 @@ def _kernel(name, topk_ids, **constants):
     return _numba.kernel("_sort_kernels.py", name, ID=topk_ids.dtype.name, **constants)
 
 
-def _sort_wide(ids, outputs, sizes, scratch):
+def _sort_wide(ids, outputs, sizes, even, scratch):
     """Sort by one digit of the expert after the other, the lowest first; each sort keeps the order before."""
     offsets, permuted_idx, inv_permuted_idx, schedule = outputs
     num_pairs, num_local, block_rows = sizes
@@ -205,7 +207,8 @@ def _sort_wide(ids, outputs, sizes, scratch):
         order = new_order
     kernel = _numba.kernel("_wide_kernels.py", "finish", **constants)
     kernel(*grid_of(max(num_pairs, num_local + 1)), *ids, order, offsets, inv_permuted_idx, *sizes[:2], overlap=True)
-    list_tiles(offsets, schedule, block_rows)
+    if block_rows > 0:
+        list_tiles_of(offsets, True, num_local, schedule, block_rows, 0, even)
 
 
 def grid_of(items):
@@ -224,7 +227,7 @@ def sort_by_expert_aligned(
     """
     num_pairs, num_local = topk_ids.size, expert_num_tokens.size
     offsets, dense, schedule = sorted_scratch(num_pairs, num_local, alignment)
-    sort_by_expert(topk_ids, expert_map, offsets, dense, inv_permuted_idx, schedule, alignment)
+    sort_shifted(topk_ids, 0, expert_map, offsets, dense, inv_permuted_idx, schedule, alignment)
     _numba.kernel("_layout_kernels.py", "pad_rows")(
         *grid_of(max(m_indices.size, num_local)),
         schedule,

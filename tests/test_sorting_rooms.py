@@ -55,7 +55,10 @@ def tiles(offsets, block_rows):
     """The list as `sort_by_expert` describes it."""
     found = []
     for e, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        found += [[e, row, min(block_rows, end - row), 0] for row in range(first, end, block_rows)]
+        height, parts = block_rows, -(-(end - first) // block_rows)
+        if parts > 1 and block_rows > 32:  # even parts, in steps of 16
+            height = min(height, -(-(-(-(end - first) // parts)) // 16) * 16)
+        found += [[e, row, min(height, end - row), 0] for row in range(first, end, height)]
     return np.array([[len(found), 0, 0, 0], *found], np.int32).reshape(-1)
 
 
@@ -131,6 +134,7 @@ def test_edges_of_warps_and_blocks(gpu, shrink, num_pairs):
     assert_sorted(gpu, draw_ids((num_pairs, 1), 7), 7, block_rows=4)
     assert_sorted(gpu, np.full((num_pairs, 1), 6), 7, block_rows=32)  # one expert has all
     assert_sorted(gpu, np.full((num_pairs, 1), -1), 7, block_rows=32)  # none has any
+    assert_sorted(gpu, np.full((num_pairs, 1), 6), 7, block_rows=48)  # in even parts
 
 
 def test_ids_from_another_first_expert(gpu, shrink):
