@@ -147,10 +147,10 @@ def tokens(T=7, H=48, dtype="float32", seed=1):
     return np.random.default_rng(seed).standard_normal((T, H)).astype(dtype)
 
 
-def load(folder, family, change=lambda tensors: tensors, dtype="float32", **options):
+def load(folder, family, change=lambda tensors: tensors, dtype="float32", device="cpu", **options):
     """Write the family's checkpoint, its tensors respelt by `change`, and load its layer."""
     config, tensors = weights(family, dtype=dtype)
-    return cumoe.load_layer(write(folder, config, change(tensors), **options), 1)
+    return cumoe.load_layer(write(folder, config, change(tensors), **options), 1, device=device)
 
 
 def refused(kind, message, call, *args, **kwargs):

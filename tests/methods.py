@@ -2,6 +2,8 @@
 
 import types
 
+import numpy as np
+from sides import device_of, on
 from test_moe import PARAMETERS
 
 import cumoe
@@ -10,8 +12,8 @@ from cumoe import FusedMoEConfig, FusedMoEParallelConfig, UnquantizedFusedMoEMet
 SINGLE = FusedMoEParallelConfig.make_no_parallel()
 
 
-def config_of(problem, **changes):
-    """The config that a problem belongs to."""
+def config_of(problem, xp=np, **changes):
+    """The config that a problem belongs to, on the side of `xp`."""
     given = PARAMETERS.get(problem.activation, {})
     num_local, hidden_size, intermediate_size = problem.w2.shape
     fields = {
@@ -26,34 +28,36 @@ def config_of(problem, **changes):
         "intermediate_size_per_partition": intermediate_size,
         "swiglu_limit": given.get("limit"),
         "activation_situ_beta": given.get("beta"),
+        "device": device_of(xp),
     }
     return FusedMoEConfig(**fields | changes)
 
 
-def load(layer, problem):
+def load(layer, problem, xp=np):
     """Write the weights of a problem into those of a layer."""
-    layer.w13_weight[...] = problem.w1
-    layer.w2_weight[...] = problem.w2
+    layer.w13_weight[...] = on(xp, problem.w1)
+    layer.w2_weight[...] = on(xp, problem.w2)
     if problem.w1_bias is not None:
-        layer.w13_bias[...] = problem.w1_bias
-        layer.w2_bias[...] = problem.w2_bias
+        layer.w13_bias[...] = on(xp, problem.w1_bias)
+        layer.w2_bias[...] = on(xp, problem.w2_bias)
 
 
-def ready(problem, **changes):
+def ready(problem, xp=np, **changes):
     """A method and a layer with the weights of a problem, processed."""
-    method, layer = UnquantizedFusedMoEMethod(config_of(problem, **changes)), types.SimpleNamespace()
+    method, layer = UnquantizedFusedMoEMethod(config_of(problem, xp, **changes)), types.SimpleNamespace()
     num_experts, hidden_size, intermediate_size = problem.w2.shape
     method.create_weights(layer, num_experts, hidden_size, intermediate_size, problem.w1.dtype)
-    load(layer, problem)
+    load(layer, problem, xp)
     method.process_weights_after_loading(layer)
     return method, layer
 
 
-def routed(problem):
-    return problem.hidden_states, problem.topk_weights, problem.topk_ids
+def routed(problem, xp=np):
+    """Tokens and choices of a problem, on the side of `xp`."""
+    return tuple(on(xp, array) for array in (problem.hidden_states, problem.topk_weights, problem.topk_ids))
 
 
-def rank_of(problem, ep_size, rank, strategy, **changes):
+def rank_of(problem, ep_size, rank, strategy, xp=np, **changes):
     """Method, layer and map of one rank that owns some experts of a problem."""
     num_local, expert_map = cumoe.determine_expert_map(ep_size, rank, len(problem.w1), strategy)
     owned = slice(None) if expert_map is None else expert_map >= 0
@@ -63,5 +67,5 @@ def rank_of(problem, ep_size, rank, strategy, **changes):
         w1_bias=None if problem.w1_bias is None else problem.w1_bias[owned],
         w2_bias=None if problem.w2_bias is None else problem.w2_bias[owned],
     )
-    method, layer = ready(part, num_experts=len(problem.w1), num_local_experts=num_local, **changes)
-    return method, layer, expert_map
+    method, layer = ready(part, xp, num_experts=len(problem.w1), num_local_experts=num_local, **changes)
+    return method, layer, on(xp, expert_map)

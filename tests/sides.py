@@ -1,6 +1,20 @@
 """Arrays to the side under test and back."""
 
 import numpy as np
+import pytest
+
+
+def gpu():
+    """CuPy, or the test is skipped."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if not cupy.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return cupy
+
+
+def device_of(xp):
+    """What `device=` is for arrays of `xp`."""
+    return "cpu" if xp is np else "cuda"
 
 
 def on(xp, array):

@@ -64,8 +64,8 @@ def make_problem(
 
 
 @st.composite
-def problems(draw, dtypes=DTYPES, activations=GATED + UNGATED, max_tokens=40):
-    """Ragged problems: T = 0, empty experts, skipped choices, odd sizes, tile edges."""
+def problems(draw, dtypes=DTYPES, activations=GATED + UNGATED, max_tokens=40, multiple=1):
+    """Ragged problems: T = 0, empty experts, skipped choices, odd sizes, tile edges; sizes are times `multiple`."""
     num_experts = draw(st.integers(1, 6))
     num_global = num_experts + draw(st.sampled_from((0, 0, 3)))
     expert_map = None
@@ -73,7 +73,10 @@ def problems(draw, dtypes=DTYPES, activations=GATED + UNGATED, max_tokens=40):
     if num_global > num_experts:
         expert_map = np.full(num_global, -1, np.int32)
         expert_map[np.random.default_rng(seed).permutation(num_global)[:num_experts]] = np.arange(num_experts)
-    size = st.one_of(st.integers(1, 70), st.sampled_from((31, 32, 33, 63, 64, 65, 127, 128, 129, 192)))
+    if multiple == 1:
+        size = st.one_of(st.integers(1, 70), st.sampled_from((31, 32, 33, 63, 64, 65, 127, 128, 129, 192)))
+    else:
+        size = st.integers(1, 40).map(lambda count: count * multiple)
     return make_problem(
         draw(st.one_of(st.integers(0, max_tokens), st.sampled_from((0, 1, 2, max_tokens)))),
         draw(st.integers(1, num_global)),

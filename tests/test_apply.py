@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import rank_of, ready, routed
+from sides import back, device_of, on
 from strategies import make_problem, problems
 from test_moe import assert_within, law
 
@@ -22,35 +23,38 @@ def raises(kind, message):
 
 
 @given(problem=problems())
-def test_apply_equals_reference(problem):
-    method, layer = ready(problem)
-    out = method.apply(layer, *routed(problem), expert_map=problem.expert_map)
-    assert_within(out, law(problem))
+def test_apply_equals_reference(xp, problem):
+    method, layer = ready(problem, xp)
+    out = method.apply(layer, *routed(problem, xp), expert_map=on(xp, problem.expert_map))
+    assert_within(back(out), law(problem))
 
 
 @given(problem=problems(activations=("silu",)), on_input=st.sampled_from((True, "accumulator")))
-def test_apply_takes_what_the_layer_says(problem, on_input):
-    method, layer = ready(problem)
-    options = {"apply_router_weight_on_input": on_input, "expert_map": problem.expert_map}
-    expected = method.apply(layer, *routed(problem), **options, global_num_experts=method.moe.num_experts)
+def test_apply_takes_what_the_layer_says(xp, problem, on_input):
+    method, layer = ready(problem, xp)
+    options = {"apply_router_weight_on_input": on_input, "expert_map": on(xp, problem.expert_map)}
+    expected = method.apply(layer, *routed(problem, xp), **options, global_num_experts=method.moe.num_experts)
     for name, value in options.items():
         setattr(layer, name, value)
     layer.global_num_experts = -1
-    assert method.apply(layer, *routed(problem)).tobytes() == expected.tobytes()
-    assert_within(expected, law(problem, apply_router_weight_on_input=on_input))
+    assert method.apply(layer, *routed(problem, xp)).tobytes() == expected.tobytes()
+    assert_within(back(expected), law(problem, apply_router_weight_on_input=on_input))
 
 
-def test_results_go_where_they_are_asked_to():
+def test_results_go_where_they_are_asked_to(xp):
     problem = make_problem(7, 2, 4, 33, 20, "bfloat16")
-    method, layer = ready(problem)
-    x, weights, ids = routed(problem)
+    method, layer = ready(problem, xp)
+    x, weights, ids = routed(problem, xp)
     expected = method.apply(layer, x, weights, ids)
-    out = np.empty_like(x)
+    out = xp.empty(x.shape, x.dtype)
     assert method.apply(layer, x, weights, ids, out=out) is out and out.tobytes() == expected.tobytes()
     x = x.copy()
     assert method.apply(layer, x, weights, ids, inplace=True) is x and x.tobytes() == expected.tobytes()
-    pieces = method.apply(layer, problem.hidden_states, weights, ids, workspace_limit=2000, activation="silu")
+    x = on(xp, problem.hidden_states)
+    pieces = method.apply(layer, x, weights, ids, workspace_limit=4000, activation="silu")
     assert pieces.tobytes() == expected.tobytes()
+    workspace = xp.empty(cumoe.plan(7, 33, 20, 4, 2, device=device_of(xp)).workspace_bytes, np.uint8)
+    assert method.apply(layer, x, weights, ids, workspace=workspace).tobytes() == expected.tobytes()
 
 
 def test_wrong_calls_are_named():
@@ -110,18 +114,19 @@ ROUTING = {
 
 @pytest.mark.parametrize("routing", ROUTING)
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_monolithic_is_routing_and_apply(routing, by_layer):
+def test_monolithic_is_routing_and_apply(xp, routing, by_layer):
     problem = make_problem(9, 2, 8, 24, 16, "bfloat16")
-    method, layer = ready(problem)
-    logits, options = logits_for(problem), ROUTING[routing] | {"top_k": 3}
-    weights, ids = cumoe.select_experts(problem.hidden_states, logits, **options)
+    method, layer = ready(problem, xp)
+    x, logits, options = on(xp, problem.hidden_states), on(xp, logits_for(problem)), ROUTING[routing] | {"top_k": 3}
+    options = {name: on(xp, value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+    weights, ids = cumoe.select_experts(x, logits, **options)
     assert ids.shape == (9, 3)
-    expected = method.apply(layer, problem.hidden_states, weights, ids)
+    expected = method.apply(layer, x, weights, ids)
     if by_layer:
         for name, value in options.items():
             setattr(layer, name, value)
         options = {}
-    out = method.apply_monolithic(layer, problem.hidden_states, logits, **options)
+    out = method.apply_monolithic(layer, x, logits, **options)
     assert out.tobytes() == expected.tobytes()
 
 
@@ -163,24 +168,24 @@ def test_monolithic_refuses_experts_that_compute_nothing():
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_parts_of_all_ranks_sum_to_the_whole(sizes, ep_size, strategy, bias, seed):
+def test_parts_of_all_ranks_sum_to_the_whole(xp, sizes, ep_size, strategy, bias, seed):
     num_tokens, num_experts, hidden_size, intermediate_size = sizes  # some ranks may own nothing
     problem = make_problem(num_tokens, 1, num_experts, hidden_size, intermediate_size, bias=bias, seed=seed)
     total = np.zeros_like(problem.hidden_states)
     for rank in range(ep_size):
-        method, layer, expert_map = rank_of(problem, ep_size, rank, strategy)
-        total += method.apply(layer, *routed(problem), expert_map=expert_map)
-    whole, layer = ready(problem)
+        method, layer, expert_map = rank_of(problem, ep_size, rank, strategy, xp)
+        total += back(method.apply(layer, *routed(problem, xp), expert_map=expert_map))
+    whole, layer = ready(problem, xp)
     # k = 1: every token has one owner, the others add zero
-    np.testing.assert_array_equal(total, whole.apply(layer, *routed(problem)))
+    np.testing.assert_array_equal(total, back(whole.apply(layer, *routed(problem, xp))))
 
 
-def test_a_rank_without_experts_contributes_nothing():
+def test_a_rank_without_experts_contributes_nothing(xp):
     problem = make_problem(3, 1, 2, 8, 16, bias=True)
-    method, layer, expert_map = rank_of(problem, 3, 2, "linear")
+    method, layer, expert_map = rank_of(problem, 3, 2, "linear", xp)
     assert layer.w13_weight.shape == (0, 32, 8) and (expert_map == -1).all()
-    x, weights, ids = routed(problem)
-    out = np.full_like(x, np.nan)
+    x, weights, ids = routed(problem, xp)
+    out = xp.full_like(x, np.nan)
     assert not method.apply(layer, x, weights, ids, expert_map=expert_map).any()
     assert method.apply(layer, x, weights, ids, out=out) is out and not out.any()
 

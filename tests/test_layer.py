@@ -4,32 +4,35 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 from checkpoint_files import FAMILIES, load, refused, tokens
+from sides import back, device_of, gpu, on
 
 import cumoe
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batches_empty_inputs_and_strides(family, tmp_path):
-    layer, x = load(tmp_path, family), tokens(12)
+def test_batches_empty_inputs_and_strides(xp, family, tmp_path):
+    layer, x = load(tmp_path, family, device=device_of(xp)), on(xp, tokens(12))
     expected = layer(x)
     assert layer(x.reshape(3, 4, 48)).tobytes() == expected.tobytes()
     assert layer(x.reshape(3, 4, 48)).shape == (3, 4, 48)
-    assert layer(x[:0]).shape == (0, 48) and layer(np.zeros((0, 5, 48), "float32")).shape == (0, 5, 48)
-    assert layer(np.asfortranarray(x)).tobytes() == expected.tobytes()
+    assert layer(x[:0]).shape == (0, 48) and layer(xp.zeros((0, 5, 48), "float32")).shape == (0, 5, 48)
+    assert layer(xp.asfortranarray(x)).tobytes() == expected.tobytes()
     assert layer(x[::-3]).tobytes() == expected[::-3].tobytes()
-    x.flags.writeable = False
-    assert layer(x).tobytes() == expected.tobytes()
+    if xp is np:
+        x.flags.writeable = False
+        assert layer(x).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_other_tokens_change_no_bit(family, dtype, tmp_path):
-    layer, x = load(tmp_path, family, dtype=dtype), tokens(33, dtype=dtype)
-    whole = layer(x)
+def test_the_other_tokens_change_no_bit(xp, family, dtype, tmp_path):
+    layer, x = load(tmp_path, family, dtype=dtype, device=device_of(xp)), tokens(33, dtype=dtype)
+    whole = back(layer(on(xp, x)))
     order = np.random.default_rng(3).permutation(33)
-    assert layer(x[order]).tobytes() == whole[order].tobytes()
+    assert back(layer(on(xp, x[order]))).tobytes() == whole[order].tobytes()
     for cut in (1, 2, 17):
-        assert layer(x[:cut]).tobytes() + layer(x[cut:]).tobytes() == whole.tobytes()
+        parts = layer(on(xp, x[:cut])), layer(on(xp, x[cut:]))
+        assert b"".join(back(part).tobytes() for part in parts) == whole.tobytes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,18 +100,24 @@ def expected_layer(family, config, tensors, x):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_formula_of_the_family(family, normed, tmp_path):
+def test_equals_the_formula_of_the_family(xp, family, normed, tmp_path):
     config, tensors = files.weights(family)
     config["norm_topk_prob"] = normed
-    layer, x = cumoe.load_layer(files.write(tmp_path, config, tensors), 1), tokens(40)
+    layer, x = cumoe.load_layer(files.write(tmp_path, config, tensors), 1, device=device_of(xp)), tokens(40)
     dense, expected = expected_layer(family, config, tensors, x)
-    topk_weights, topk_ids = layer.route(x)
+    topk_weights, topk_ids = (back(array) for array in layer.route(on(xp, x)))
     assert topk_weights.shape == topk_ids.shape == (40, config["num_experts_per_tok"])
     routed = np.zeros_like(dense)
     np.put_along_axis(routed, topk_ids.astype("int64"), topk_weights.astype("float64"), axis=-1)
     assert np.abs(routed - dense).max() <= 1e-5 * dense.max()
-    error = np.abs(layer(x) - expected).max(axis=-1) / np.linalg.norm(expected, axis=-1)
+    error = np.abs(back(layer(on(xp, x))) - expected).max(axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() <= 1e-5
+
+
+def test_a_layer_says_where_its_tokens_must_be(tmp_path):
+    gpu()
+    layer = load(tmp_path, "mixtral", device="cuda")
+    refused(TypeError, "hidden_states must be where the layer is = cuda:0, got cpu; copy them there", layer, tokens())
 
 
 def test_activation_of_the_config_is_used(tmp_path):

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from methods import config_of, load, ready, routed
+from sides import back, device_of, on
 from strategies import make_problem
 from test_moe import assert_within, law
 
@@ -84,6 +85,24 @@ def test_unknown_activation_and_wrong_config_are_refused():
         UnquantizedFusedMoEMethod({})
 
 
+def test_the_gpu_side_runs_on_cuda_devices():
+    """Chosen where there is one; else told why not."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if cupy.cuda.is_available():
+        method = UnquantizedFusedMoEMethod(some_config(device="cuda"))
+        assert method.backend == "rawkernels"
+        assert method.refused_backends == {"cpu": "device is 'cuda', it runs on cpu"}
+        with raises(NotImplementedError, "moe_backend 'cpu' cannot run: device is 'cuda:0', it runs on cpu"):
+            UnquantizedFusedMoEMethod(some_config(device="cuda:0", moe_backend="cpu"))
+        return
+    with raises(
+        NotImplementedError,
+        "no moe_backend can run: rawkernels: device 'cuda' needs a CUDA device and its driver, there is none here; "
+        "cpu: device is 'cuda', it runs on cpu",
+    ):
+        UnquantizedFusedMoEMethod(some_config(device="cuda"))
+
+
 def test_properties():
     method = UnquantizedFusedMoEMethod(some_config())
     assert method.supports_eplb is True and method.allow_inplace is True and method.is_monolithic is True
@@ -96,11 +115,9 @@ def test_properties():
 
 @pytest.mark.parametrize("dtype", ["float32", np.float16, np.dtype(ml_dtypes.bfloat16), ml_dtypes.bfloat16])
 @pytest.mark.parametrize(("activation", "shards"), [("silu", 2), ("swigluoai", 2), ("relu2_no_mul", 1)])
-def test_create_weights(dtype, activation, shards):
-    method, layer = (
-        UnquantizedFusedMoEMethod(some_config(activation=activation, has_bias=True)),
-        types.SimpleNamespace(),
-    )
+def test_create_weights(xp, dtype, activation, shards):
+    config = some_config(activation=activation, has_bias=True, device=device_of(xp))
+    method, layer = UnquantizedFusedMoEMethod(config), types.SimpleNamespace()
     method.create_weights(layer, 4, 8, 16, dtype, weight_loader=len, quant_method="none")
     shapes = {name: weight.shape for name, weight in vars(layer).items()}
     assert shapes == {
@@ -110,9 +127,11 @@ def test_create_weights(dtype, activation, shards):
         "w2_bias": (4, 8),
     }
     for weight in vars(layer).values():
-        assert weight.dtype == np.dtype(dtype) and isinstance(weight, cumoe.Parameter)
+        assert weight.dtype == np.dtype(dtype)
+        assert isinstance(weight, cumoe.Parameter if xp is np else xp.ndarray)
         assert weight.weight_loader is len and weight.quant_method == "none"
-    assert not layer.w13_bias.any() and not layer.w2_bias.any()
+        assert weight[1:].weight_loader is len
+    assert not back(layer.w13_bias).any() and not back(layer.w2_bias).any()
 
 
 def test_create_weights_without_bias_and_with_torch_dtypes():
@@ -160,23 +179,27 @@ def test_running_needs_processed_weights():
         method.apply(layer, *routed(problem))
 
 
+def address(array):
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_new_weights_are_prepared_in_place(dtype, bias):
+def test_new_weights_are_prepared_in_place(xp, dtype, bias):
     old = make_problem(5, 2, 4, 33, 20, dtype, bias=bias)
     new = make_problem(5, 2, 4, 33, 20, dtype, bias=bias, seed=1)
-    method, layer = ready(old)
-    weights = {name: (value, value.ctypes.data) for name, value in vars(layer).items() if name != "prepared_experts"}
+    method, layer = ready(old, xp)
+    weights = {name: (value, address(value)) for name, value in vars(layer).items() if name != "prepared_experts"}
     prepared = layer.prepared_experts
-    panels = prepared.experts.w1.ctypes.data, prepared.experts.w2.ctypes.data
-    load(layer, new)
+    panels = address(prepared.experts.w1), address(prepared.experts.w2)
+    load(layer, new, xp)
     method.process_weights_after_loading(layer)
-    for name, (value, address) in weights.items():
-        assert getattr(layer, name) is value and value.ctypes.data == address
+    for name, (value, place) in weights.items():
+        assert getattr(layer, name) is value and address(value) == place
     assert layer.prepared_experts is prepared
-    assert (prepared.experts.w1.ctypes.data, prepared.experts.w2.ctypes.data) == panels
-    expected = method.apply(ready(new)[1], *routed(new))
-    assert method.apply(layer, *routed(new)).tobytes() == expected.tobytes()
+    assert (address(prepared.experts.w1), address(prepared.experts.w2)) == panels
+    expected = back(method.apply(ready(new, xp)[1], *routed(new, xp)))
+    assert back(method.apply(layer, *routed(new, xp))).tobytes() == expected.tobytes()
     assert_within(expected, law(new))
 
 
@@ -202,26 +225,28 @@ def test_weights_of_another_kind_are_not_prepared_in_place(changes, message):
     assert layer.prepared_experts.experts.w1.tobytes() == before
 
 
-def test_processing_does_not_change_full_sized_weights():
+def test_processing_does_not_change_full_sized_weights(xp):
     problem = make_problem(3, 2, 4, 8, 16, bias=True)
-    _, layer = ready(problem)
+    _, layer = ready(problem, xp)
     for name, array in (
         ("w13_weight", problem.w1),
         ("w2_weight", problem.w2),
         ("w13_bias", problem.w1_bias),
         ("w2_bias", problem.w2_bias),
     ):
-        assert getattr(layer, name).tobytes() == array.tobytes()
+        assert back(getattr(layer, name)).tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "gelu_no_mul"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_padding_is_cleared(activation, bias):
-    small = make_problem(6, 2, 4, 24, 12, activation=activation, bias=bias)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_is_cleared(xp, activation, bias, dtype):
+    small = make_problem(6, 2, 4, 24, 12, dtype, activation, bias)
     hidden, width = 32, 16
     method = UnquantizedFusedMoEMethod(
         config_of(
             small,
+            xp,
             hidden_dim=hidden,
             hidden_dim_unpadded=24,
             intermediate_size_per_partition=width,
@@ -229,21 +254,24 @@ def test_padding_is_cleared(activation, bias):
         )
     )
     layer = types.SimpleNamespace()
-    method.create_weights(layer, 4, hidden, width, "float32")
+    method.create_weights(layer, 4, hidden, width, dtype)
     for array in vars(layer).values():
-        array[...] = np.nan  # what no loader writes
+        array.view(np.uint8)[...] = 0xFF  # NaN: what no loader writes
     rows = np.arange(len(small.w1[0]))
     if activation == "silu":
         rows = np.concatenate([np.arange(12), width + np.arange(12)])
-    layer.w13_weight[:, rows, :24] = small.w1
-    layer.w2_weight[:, :24, :12] = small.w2
+    loaded = {name: back(array).copy() for name, array in vars(layer).items()}
+    loaded["w13_weight"][:, rows, :24] = small.w1
+    loaded["w2_weight"][:, :24, :12] = small.w2
     if bias:
-        layer.w13_bias[:, rows] = small.w1_bias
-        layer.w2_bias[:, :24] = small.w2_bias
+        loaded["w13_bias"][:, rows] = small.w1_bias
+        loaded["w2_bias"][:, :24] = small.w2_bias
+    for name, array in loaded.items():
+        getattr(layer, name)[...] = on(xp, np.asarray(array))
     method.process_weights_after_loading(layer)
-    x = np.zeros((6, hidden), np.float32)
+    x = np.zeros((6, hidden), dtype)
     x[:, :24] = small.hidden_states
-    out = method.apply(layer, x, small.topk_weights, small.topk_ids)
+    out = back(method.apply(layer, on(xp, x), *routed(small, xp)[1:]))
     assert_within(np.ascontiguousarray(out[:, :24]), law(small))
     assert not out[:, 24:].any()
 
