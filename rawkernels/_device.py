@@ -7,6 +7,7 @@ functions below plain Python. Warp functions are collective: all 32 lanes of a w
 """
 
 import contextlib
+import warnings
 
 import numpy as np
 from llvmlite import ir
@@ -15,14 +16,16 @@ _added = not hasattr(np, "row_stack")
 if _added:  # numba-cuda 0.30 asks for a name that NumPy 2.5 dropped
     np.row_stack = np.vstack  # noqa: NPY201
 try:
-    from numba import cuda
-    from numba.cuda import types
-    from numba.cuda.core import targetconfig
-    from numba.cuda.extending import intrinsic
-    from numba.cuda.typing import signature
+    with warnings.catch_warnings():  # and it counts time without units, which NumPy 2.5 deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from numba import cuda as cuda  # noqa: PLC0414  kernel files have it from here
+        from numba.cuda import types
+        from numba.cuda.core import targetconfig
+        from numba.cuda.extending import intrinsic
+        from numba.cuda.typing import signature
 
-    with contextlib.suppress(ImportError):
-        import numba.cuda.np.arrayobj  # noqa: F401  registers its overloads while the name exists
+        with contextlib.suppress(ImportError):
+            import numba.cuda.np.arrayobj  # noqa: F401  registers its overloads while the name exists
 finally:
     if _added:
         del np.row_stack  # noqa: NPY201
@@ -30,11 +33,11 @@ finally:
 I32, I64 = ir.IntType(32), ir.IntType(64)
 EVERY_LANE = 0xFFFFFFFF
 
-# what the parameters of a kernel are annotated with: numbers, addresses, and addresses of a type that a
-# constant of this name chooses
+# what the parameters of a kernel are annotated with: numbers, addresses, and what stands for the address of a type
+# that the constant of this name chooses
 Int32, Int64 = types.int32, types.int64
 Int32s, Int64s = types.CPointer(types.int32), types.CPointer(types.int64)
-Ids, Counts, Units = "ID", "COUNT", "UNIT"
+Ids, Counts, Units = types.Opaque("ID"), types.Opaque("COUNT"), types.Opaque("UNIT")
 
 # put into its caller before types are known: no calling convention, and no device is asked for
 inlined = cuda.jit(device=True, inline="always")
@@ -116,9 +119,12 @@ def add_to(typingctx, target, index, value):
 # -- 16 bytes in one access ---------------------------------------------------------------------------
 
 
-def element_type(name):
-    """What a constant that names a type stands for."""
-    return types.UniTuple(types.uint64, 2) if name == "bytes16" else getattr(types, name)
+def chosen_type(annotation, constants):
+    """The type of a parameter under these constants."""
+    if not isinstance(annotation, types.Opaque):
+        return annotation
+    name = constants[annotation.name]
+    return types.CPointer(types.UniTuple(types.uint64, 2) if name == "bytes16" else getattr(types, name))
 
 
 def _group(builder, address, index, element, count):

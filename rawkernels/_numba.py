@@ -4,10 +4,9 @@ Kernels written in Python: compiled once by Numba, then launched like the others
     sort = _numba.kernel("_sort_kernels.py", "sort_few", ID="int32")
     sort(1, 192, topk_ids, ...)
 
-A kernel is a plain function of a file ``_*_kernels.py``. Its parameters are annotated with their types; an
-annotation that is a string names the constant that chooses the type of the elements. Constants replace globals of
-the function. A launch through Numba costs 68 us, one through `_load.Kernel` 5; with a warm disk cache Numba is not
-even imported.
+A kernel is a plain function of a file ``_*_kernels.py``, its parameters annotated with what `_device` has for
+types. Constants replace globals of the function, or choose types. A launch through Numba costs 68 us, one through
+`_load.Kernel` 5; with a warm disk cache Numba is not even imported.
 """
 
 import functools
@@ -65,10 +64,7 @@ def ptx(file, name, arch, constants):
 
     template = getattr(importlib.import_module(f"cumoe.rawkernels.{file.partition('.')[0]}"), name)
     function = FunctionType(template.__code__, {**template.__globals__, **constants}, name)
-    types = [
-        _device.types.CPointer(_device.element_type(constants[kind])) if isinstance(kind, str) else kind
-        for kind in template.__annotations__.values()
-    ]
+    types = [_device.chosen_type(kind, constants) for kind in template.__annotations__.values()]
     text, _ = _device.cuda.compile(
         function,
         tuple(types),
