@@ -169,20 +169,17 @@ def variants(arch):
 def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False):
     """Tile of a product with `columns` rows of weights, for `most_tiles` tiles of that height."""
     shared_kib = _SHARED_KIB.get(capability, _SHARED_KIB_ELSE)
-    wide = (
-        height == 128 and kernel == "mma" and shared_kib >= 164 and not scaled
-    )  # scales would take too many registers
-    if wide and most_tiles * (columns // 256) >= multiprocessors:
+    # scales of rows beside the largest parts of a tile that a warp can hold would be too many registers
+    large = height == 128 and not scaled
+    if large and kernel == "mma" and shared_kib >= 164 and most_tiles * (columns // 256) >= multiprocessors:
         return _fitted(height, 256, (2, 4), 1, shared_kib)
     narrow = height < 128 and most_tiles * -(-columns // 128) < multiprocessors
     width = 64 if narrow else 128
-    if height < 128:
-        warps = (2, 2) if height == 64 and kernel != "fma" else (1, 4)
-        tile = _fitted(height, width, warps, 2, shared_kib)
-        return tile if tile.stages >= 3 else _fitted(height, width, warps, 1, shared_kib)
-    # two CTAs of large warp tiles, or one of twice as many warps
-    tile = _fitted(height, width, (2, 2), 2, shared_kib)
-    return tile if tile.stages >= 3 else _fitted(height, width, (2, 4), 1, shared_kib)
+    few_warps = (2, 2) if height == 128 or (height == 64 and kernel != "fma") else (1, 4)
+    two = _fitted(height, width, few_warps, 2, shared_kib)
+    if two.stages >= 3 and (large or height < 128):
+        return two
+    return _fitted(height, width, (2, 4) if height == 128 else few_warps, 1, shared_kib)
 
 
 def _fitted(rows, columns, warps, ctas, shared_kib):
