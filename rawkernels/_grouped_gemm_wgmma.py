@@ -28,15 +28,19 @@ class Tile(NamedTuple):
         return 64 * self.m_blocks * self.groups
 
     @property
+    def staged(self):
+        """Tokens that leave through shared memory at a time; twin of STAGED_TOKENS."""
+        return self.tokens if self.tokens <= 56 else next(n for n in (64, 56, 48, 32) if self.tokens % n == 0)
+
+    @property
     def stage_bytes(self):
         """One buffer of the ring, with its two barriers."""
         return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
 
     def fixed_bytes(self, gated):
-        """Shared memory beside the ring: alignment, results on their way out, barriers of ping-pong, scales."""
-        at_a_time = self.tokens if self.tokens < 64 else next(n for n in (64, 32, 16) if self.tokens % n == 0)
+        """Shared memory beside the ring: alignment, results on their way out, scales."""
         outputs = (32 if gated else 64) * self.m_blocks
-        return 1024 + self.groups * (at_a_time * outputs * 2 + self.tokens * 4) + 16
+        return 1024 + self.groups * (self.staged * outputs * 2 + self.tokens * 4)
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
@@ -58,15 +62,16 @@ def mean_rows(num_pairs, num_experts):
 
 
 def block_rows(num_pairs, num_experts):
-    """Rows of a tile: the least that covers nearly every expert, or, beyond the largest, nearly every n-th part."""
+    """Rows of a tile: the least that covers nearly every expert, else the largest."""
     mean = mean_rows(num_pairs, num_experts)
     widths = sorted(_TILES)
     most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
     if most <= 34:
         return next((width for width in widths if width >= most), 32)
-    most = mean + 2 * math.sqrt(mean)
-    parts = -(-most // widths[-1])
-    return next(width for width in widths if width * parts >= most and width > 32)
+    parts = -(-(mean + 2 * math.sqrt(mean)) // widths[-1])
+    if parts > 1:
+        return widths[-1]
+    return next(width for width in widths if width > 32 and width >= mean + 2 * math.sqrt(mean))
 
 
 def launch(

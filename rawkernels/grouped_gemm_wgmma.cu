@@ -63,17 +63,25 @@ struct Unit {
     int expert, row, left, block; // `left` rows from `row` on; block of weight rows
 };
 
-// The tile list of permute.py: {count, ...}, then {expert, first row, rows, 0} each.
+// The tile list of permute.py: {count, ...}, then {expert, first row, rows, 0} each. `together` tiles share each block
+// of weights while it is in L2.
 struct Tiles {
     const int4* list;
-    int count, blocks, together; // `together` tiles share each block of weights while it is in L2
+    int blocks, together, count;
+    int4 own; // of the first unit, if `together` is 1: no need to know the count before it is read
 
+    __device__ __forceinline__ void open()
+    {
+        own = list[1 + blockIdx.x / blocks]; // the grid has no more CTAs than the list has room for
+        count = list[0].x;
+    }
     __device__ __forceinline__ int units() const { return count * blocks; }
     __device__ __forceinline__ Unit at(int unit) const
     {
         const int whole = together * blocks, group = unit / whole, within = unit - group * whole;
-        const int height = min(together, count - group * together), block = within / height;
-        const int4 tile = list[1 + group * together + within - block * height];
+        const int height = together == 1 ? 1 : min(together, count - group * together), block = within / height;
+        const bool first = together == 1 && unit == blockIdx.x;
+        const int4 tile = first ? own : list[1 + group * together + within - block * height];
         return {tile.x, tile.y, tile.z, block};
     }
 };
@@ -118,7 +126,7 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
     __syncthreads();
 
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
-    Tiles tiles{schedule, 0, blocks, together};
+    Tiles tiles{schedule, blocks, together};
     Ring ring{base, barriers, stages, 0, 0};
     if (threadIdx.x < 128) {
 #if PRODUCER_REGISTERS
@@ -135,7 +143,7 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
     wait_for_previous();
-    tiles.count = schedule[0].x;
+    tiles.open();
     const Problem problem{permuted_idx, out, bias, output_scale, outputs, interleaved, alpha, beta, limit};
     const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
     consume(tiles, ring, problem, staging + group * STAGING, scales + group * SCALE_BYTES, k_blocks, group);

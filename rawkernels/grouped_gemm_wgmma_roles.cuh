@@ -8,7 +8,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
 {
     int unit = blockIdx.x, primed = 0;
     if (ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
-        tiles.count = tiles.list[0].x;
+        tiles.open();
         if (unit < tiles.units()) {
             const Unit u = tiles.at(unit);
             Ring first = ring;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
     }
     wait_for_previous();
     let_next_start();
-    tiles.count = tiles.list[0].x;
+    tiles.open();
     for (; unit < tiles.units(); unit += gridDim.x, primed = 0) {
         const Unit u = tiles.at(unit);
         for (int k = 0; k < k_blocks; ++k, ring.next()) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* 
     const int row_chunks = K / 8;
     wait_for_previous();
     if (thread == 0) let_next_start();
-    tiles.count = tiles.list[0].x;
+    tiles.open();
     int primed = 0;
     for (int unit = blockIdx.x; unit < tiles.units(); unit += gridDim.x) {
         const Unit u = tiles.at(unit);

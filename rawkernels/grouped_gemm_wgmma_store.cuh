@@ -47,10 +47,12 @@ __device__ __forceinline__ uint32 activated_pair(const Problem& p, uint32 gate, 
 
 // ---- storing ----
 
-constexpr int STAGED_TOKENS = COLUMNS < 64        ? COLUMNS
+// Tokens stored at a time; twin of Tile.staged.
+constexpr int STAGED_TOKENS = COLUMNS <= 56       ? COLUMNS
                               : COLUMNS % 64 == 0 ? 64
-                              : COLUMNS % 32 == 0 ? 32
-                                                  : 16; // at a time
+                              : COLUMNS % 56 == 0 ? 56
+                              : COLUMNS % 48 == 0 ? 48
+                                                  : 32;
 constexpr int GROUP_OUTPUTS = (GATED ? 32 : 64) * M_BLOCKS;
 constexpr int STAGING = STAGED_TOKENS * GROUP_OUTPUTS * 2; // bytes of a warpgroup
 constexpr int CHUNKS = GROUP_OUTPUTS / 8;                  // 16-byte pieces of a staged token
