@@ -3,7 +3,8 @@ Every kernel compiles for every architecture, with no GPU: no spills, no local m
 and the machine instructions that make it what it is.
 
 The launchers say which constants they use (`variants`). All of them are compiled for Hopper; for the others a
-choice in which each value of each constant occurs. Cubins are kept in build/kernels.
+choice in which each value of each constant occurs, or for near relatives each entry point. Cubins are kept in
+build/kernels.
 """
 
 import re
@@ -19,39 +20,54 @@ from cumoe.rawkernels import _compile, _variants
 ROOT = Path(__file__).parents[1]
 GPU, KEPT = ROOT / "rawkernels", ROOT / "build" / "kernels"
 COMPLETE = "sm_90a"
+RELATED = ("sm_86", "sm_89")  # to sm_80: the same instructions
 
 WIDE = ("LDG.E.128", "STG.E.128")
 WARP_MAX = "C?REDUX.MAX"  # one instruction over the warp
 ADD_UP = "SHFL.BFLY"
-COPIES = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")  # past the registers to shared memory, and from there as fragments
+COPIES = {16: ("LDGSTS.E.BYPASS.128",), 8: ("LDGSTS.E.64",), 4: ("LDGSTS.E",), 2: ()}  # to shared memory, by bytes
 
 
-def mma(number, constants):
+def mma(entry, c):
     """Tensor cores: 16 x 8 x 16 halves or 16 x 8 x 8 tf32 at once."""
-    return "HMMA.1688.F32.TF32" if constants["X"] == "float32" else "HMMA.16816.F32"
+    return ("HMMA.1688.F32.TF32" if c["X"] == "float32" else "HMMA.16816.F32", "LDSM.16.M88.4", *COPIES[c["COPY_X"]])
 
 
-# file -> (number of the architecture, constants) -> what must be among the instructions of each entry point
+def wgmma(entry, c):
+    """Tensor cores of Hopper, the bulk copy engine, its barriers, results turned round on their way out."""
+    found = ("HGMMA", "UTMALDG.5D", "SYNCS.PHASECHK", "SYNCS.ARRIVE", "STSM", "STG.E.128")
+    found += ("LDGSTS.E.128",) if c["GATHERED"] else ("UTMALDG.2D",)
+    return found + (("USETMAXREG",) if c["CONSUMER_REGISTERS"] else ())
+
+
+# file -> (entry point, constants) -> what must be among its instructions
 INSTRUCTIONS = {
-    "act.cu": lambda number, constants: WIDE if constants["BYTES"] == 16 else (),
-    "dense_route.cu": lambda number, constants: (),
-    "grouped_gemm_fma.cu": lambda number, constants: ("FFMA", "LDGSTS.E"),
-    "grouped_gemm_mma.cu": lambda number, constants: (mma(number, constants), *COPIES),
-    "grouped_gemm_wgmma.cu": lambda number, constants: ("HGMMA", "UTMALDG", "SYNCS"),
-    "grouped_route.cu": lambda number, constants: (WARP_MAX, ADD_UP),
-    "route.cu": lambda number, constants: (WARP_MAX, ADD_UP),
-    "special_experts.cu": lambda number, constants: (),
-    "unpermute.cu": lambda number, constants: (*WIDE, "SHFL.IDX"),
+    "_copy_kernels.py": lambda entry, c: WIDE if c["UNIT"] == "bytes16" else (),
+    "_few_kernels.py": lambda entry, c: ("MATCH.ANY", "REDUX.OR", "SHFL.IDX"),
+    "_layout_kernels.py": lambda entry, c: ("MATCH.ANY",) if entry == "count_tokens" else (),
+    "_sort_kernels.py": lambda entry, c: ("MATCH.ANY",),
+    "_tile_kernels.py": lambda entry, c: ("REDUX.SUM", "SHFL.UP", "STG.E.128"),
+    "_wide_kernels.py": lambda entry, c: (),
+    "act.cu": lambda entry, c: WIDE if c["BYTES"] == 16 else (),
+    "dense_route.cu": lambda entry, c: (WARP_MAX,) if entry == "topk_from_dense" else (),
+    "grouped_gemm_fma.cu": lambda entry, c: ("FFMA", *COPIES[c["COPY_X"]]),
+    "grouped_gemm_mma.cu": mma,
+    "grouped_gemm_wgmma.cu": wgmma,
+    "grouped_route.cu": lambda entry, c: (WARP_MAX, ADD_UP),
+    "route.cu": lambda entry, c: (WARP_MAX, ADD_UP),
+    "special_experts.cu": lambda entry, c: (),
+    "unpermute.cu": lambda entry, c: (*WIDE, "SHFL.IDX"),
 }
 
 # file -> why its kernels may use the stack
 STACK = {}
 
 
-def covering(variants):
-    """Choose few variants in which each value of each constant of each file occurs, and each entry point."""
+def covering(variants, entries_only=False):
+    """Choose few variants in which each entry point of each file occurs, and each value of each constant."""
     told = [
-        {(one.file, entry) for entry in one.entries} | {(one.file, *constant) for constant in one.constants}
+        {(one.file, entry) for entry in one.entries}
+        | {(one.file, *constant) for constant in one.constants if not entries_only}
         for one in variants
     ]
     left, chosen = set().union(*told), []
@@ -66,7 +82,7 @@ def cases(every=""):
     """One case an architecture and variant: all for the architecture `every`, a choice for the others."""
     for arch in _compile.ARCHITECTURES:
         variants = _variants.default(arch)
-        for variant in variants if arch == every else covering(variants):
+        for variant in variants if arch == every else covering(variants, arch in RELATED):
             yield pytest.param(arch, variant, id=f"{arch} {variant}")
 
 
@@ -90,13 +106,13 @@ def instructions(code, folder):
     for part in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
         line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
         found[part.partition(":")[0]] = set(re.findall(line, part, re.MULTILINE))
-    assert all("EXIT" in names for names in found.values()), text[:2000]
+    assert all(has(names, "EXIT|RET") for names in found.values()), text[:2000]
     return found
 
 
 def has(found, pattern):
     """Tell whether an instruction is there, in any of its forms."""
-    return any(re.match(rf"{pattern}(\.|$)", name) for name in found)
+    return any(re.match(rf"(?:{pattern})(\.|$)", name) for name in found)
 
 
 @pytest.mark.parametrize(("arch", "variant"), CASES)
@@ -113,12 +129,11 @@ def test_a_kernel_lies_in_registers(arch, variant):
 
 @pytest.mark.parametrize(("arch", "variant"), LOOKED_AT)
 def test_a_kernel_has_the_right_instructions(arch, variant, tmp_path):
-    number, constants = int(re.sub(r"\D", "", arch)), dict(variant.constants)
     found = instructions(_variants.compiled(variant, arch, KEPT).code, tmp_path)
-    wanted = [*INSTRUCTIONS[variant.file](number, constants)]
-    if number >= 90:
-        wanted.append("ACQBULK")  # wait_for_previous
     for entry in variant.entries:
+        wanted = [*INSTRUCTIONS[variant.file](entry, dict(variant.constants))]
+        if int(re.sub(r"\D", "", arch)) >= 90:
+            wanted.append("ACQBULK")  # wait_for_previous
         assert [name for name in wanted if not has(found[entry], name)] == [], entry
         if variant.file not in STACK:
             assert [name for name in ("LDL", "STL") if has(found[entry], name)] == [], entry
@@ -174,6 +189,7 @@ def test_a_choice_covers_every_value():
 
     listed = [variant("f", A=a, B=b) for a in (1, 2, 3) for b in (1, 2)] + [variant("g", A=1, B=1)]
     assert covering(listed) == [listed[0], listed[3], listed[4], listed[6]]
+    assert covering(listed, entries_only=True) == [listed[0], listed[6]]
     assert covering([]) == []
 
 
