@@ -343,8 +343,8 @@ def _check_values(x: Any, weights: Any, ids: Any, expert_map: Any, num_global: i
         t, j = (int(i[0]) for i in outside.nonzero())
         got = int(ids[t, j])
         raise ValueError(f"topk_ids must be in 0..{num_global - 1}, or -1 to skip, got {got} for token {t}, choice {j}")
-    wide = signed.astype(np.int64)
-    ordered = wide * (weights != 0) - (weights == 0)  # a choice of weight 0 may repeat another: it adds nothing
+    wide, counts = signed.astype(np.int64), weights.astype(np.float32) != 0
+    ordered = wide * counts - ~counts  # a choice of weight 0 may repeat another: it adds nothing
     ordered.sort(axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if bool(twice.any()):
@@ -355,7 +355,8 @@ def _check_values(x: Any, weights: Any, ids: Any, expert_map: Any, num_global: i
 
 
 def _check_finite(name: str, array: Any, rule: str, allowed: float = 0.0) -> None:
-    bad = ~(abs(array.astype(np.float32)) < np.inf) & (array != allowed)
+    values = array.astype(np.float32)
+    bad = ~(abs(values) < np.inf) & (values != allowed)
     if bool(bad.any()):
         i, j = (int(where[0]) for where in bad.nonzero())
-        raise ValueError(f"{name} must be {rule}, got {float(array[i, j])} at [{i}, {j}]")
+        raise ValueError(f"{name} must be {rule}, got {float(values[i, j])} at [{i}, {j}]")

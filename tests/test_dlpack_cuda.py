@@ -101,6 +101,65 @@ def test_work_on_different_streams_stays_in_order(given):
             assert bool((back == 100).all())
 
 
+def test_a_public_function_works_on_torchs_stream():
+    """No stream waits for another, and CuPy's current stream is afterwards what it was."""
+    theirs, ours = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    seen = []
+
+    @_arrays.on_callers_stream
+    def double(source, out=None):
+        seen.append(cupy.cuda.get_current_stream().ptr)
+        side, (x, given) = _arrays.enter(x=source, out=out)
+        result = cupy.empty_like(x) if given is None else given
+        cupy.add(x, x, out=result)
+        return side.leave(result)
+
+    for stream in (theirs, torch.cuda.default_stream()):
+        with torch.cuda.stream(stream), ours, pytest.MonkeyPatch.context() as patch:
+            source, out = torch.zeros(1 << 24, device="cuda"), torch.zeros(1 << 24, device="cuda")
+            patch.setattr(torch.cuda, "Event", None)  # what torch would make one stream wait for another with
+            for _ in range(50):  # long enough that a missing order is seen
+                source += 1
+            assert double(source, out=out) is out
+            back = double(source)
+            assert cupy.cuda.get_current_stream().ptr == ours.ptr
+            assert bool((out == 100).all()) and bool((back == 100).all())
+        assert seen[-2:] == [stream.cuda_stream] * 2
+
+
+def test_an_error_gives_the_stream_back():
+    @_arrays.on_callers_stream
+    def fail(source):
+        raise ValueError("no")
+
+    before = cupy.cuda.get_current_stream().ptr
+    with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(ValueError, match=r"^no$"):
+        fail(torch.zeros(1, device="cuda"))
+    assert cupy.cuda.get_current_stream().ptr == before
+
+
+def test_arrays_of_another_device_are_refused(monkeypatch):
+    tensor, array = torch.zeros(2, device="cuda"), cupy.zeros(2)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 5)
+    with pytest.raises(ValueError) as caught:
+        _arrays.enter(x=array)
+    assert str(caught.value) == "arguments must be on the current device cuda:5, got x: cuda:0"
+    with pytest.raises(ValueError) as caught:
+        _arrays.enter(x=tensor)
+    assert str(caught.value) == (
+        "x must be on the current device cuda:5, got cuda:0; set it by cupy.cuda.Device(0) or torch.cuda.device(0)"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_the_second_device():
+    with torch.cuda.device(1):
+        tensor = torch.arange(6, dtype=torch.float32, device="cuda")
+        side, (x,) = _arrays.enter(x=tensor)
+        assert side.leave(x).device == tensor.device == torch.device("cuda:1")
+        assert x.device.id == 1
+
+
 def test_nothing_leaks():
     pool = cupy.get_default_memory_pool()
 

@@ -1,23 +1,43 @@
-"""torch CPU tensors go in without a copy, are never written, and the same kind comes out, with NumPy's bits."""
+"""torch tensors go in without a copy, are never written, and the same kind comes out, with the bits of the side."""
 
 import gc
 
 import ml_dtypes  # noqa: F401  names bfloat16
 import numpy as np
 import pytest
+from sides import back, gpu, on
 from strategies import DTYPES, make_problem
 
 import cumoe
-from cumoe.cpu import grouped_gemm as grouped_gemm_room
+from cumoe import _arrays
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 
-def tensor(array):
-    """A torch tensor over the memory of a NumPy array."""
-    if array.dtype == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Where the tensors are."""
+    if request.param == "cuda":
+        gpu()
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+    return request.param
+
+
+def namespace(device):
+    """The array library of a side."""
+    return np if device == "cpu" else gpu()
+
+
+def tensor(array, device="cpu"):
+    """A torch tensor over the memory of a NumPy array, or a copy on the GPU."""
+    narrow = array.dtype == "bfloat16"
+    host = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if narrow else torch.from_numpy(array)
+    return host.to(device)
+
+
+def tensors_of(given, device="cpu", layout=lambda t: t):
+    return {key: layout(tensor(value, device)) for key, value in given.items()}
 
 
 def array(value):
@@ -25,7 +45,8 @@ def array(value):
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return tuple(array(one) for one in value)
     if not isinstance(value, torch.Tensor):
-        return value
+        return back(value)
+    value = value.cpu()
     return value.view(torch.int16).numpy().view("bfloat16") if value.dtype == torch.bfloat16 else value.numpy()
 
 
@@ -34,6 +55,12 @@ def bits(value):
     if isinstance(value, tuple):
         return tuple(bits(one) for one in value)
     return (value.dtype.name, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def native(call, given, device):
+    """What a call gives for the own arrays of the side, as NumPy arrays."""
+    xp = namespace(device)
+    return array(call({key: on(xp, value) for key, value in given.items()}))
 
 
 def inputs(dtype):
@@ -100,26 +127,27 @@ def turned(t):
 @pytest.mark.parametrize("layout", [lambda t: t, turned], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ALL)
-def test_tensors_in_tensors_out_same_bits(name, dtype, layout):
+def test_tensors_in_tensors_out_same_bits(device, name, dtype, layout):
     given = inputs(dtype)
-    expected = bits(ALL[name](given))
-    tensors = {key: layout(tensor(value)) for key, value in given.items()}
+    expected = bits(native(ALL[name], given, device))
+    tensors = tensors_of(given, device, layout)
     before = [bits(array(t)) for t in tensors.values()]
     found = ALL[name](tensors)
     for one in found if isinstance(found, tuple) else (found,):
         assert one is None or isinstance(one, torch.Tensor | cumoe.Verification)
+        assert not isinstance(one, torch.Tensor) or one.device.type == device
     assert bits(array(found)) == expected
     assert [bits(array(t)) for t in tensors.values()] == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
-def test_a_given_tensor_is_written_and_returned(name, dtype):
+def test_a_given_tensor_is_written_and_returned(device, name, dtype):
     given = inputs(dtype)
-    expected = CALLS[name](given)
-    out = torch.full(expected.shape, torch.nan, dtype=tensor(expected).dtype)
+    expected = native(CALLS[name], given, device)
+    out = torch.full(expected.shape, torch.nan, dtype=tensor(expected).dtype, device=device)
     address = out.data_ptr()
-    assert CALLS[name]({key: tensor(value) for key, value in given.items()}, out=out) is out
+    assert CALLS[name](tensors_of(given, device), out=out) is out
     assert out.data_ptr() == address
     assert bits(array(out)) == bits(expected)
 
@@ -137,26 +165,27 @@ def test_numpy_inputs_may_be_read_only_and_are_not_written(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_read_the_tensors_themselves(dtype, monkeypatch):
-    given = {key: tensor(value) for key, value in inputs(dtype).items()}
+def test_kernels_read_the_tensors_themselves(device, dtype, monkeypatch):
+    given = tensors_of(inputs(dtype), device)
     out = torch.empty_like(given["hidden_states"])
     seen = []
-    run = grouped_gemm_room.grouped_gemm
+    room = _arrays.room(namespace(device), "grouped_gemm")
+    run = room.grouped_gemm
 
     def spy(x, permuted_idx, top_k, input_scale, weights, *others):
-        seen.append((x.ctypes.data, weights.ctypes.data))
+        seen.append(tuple(one.ctypes.data if device == "cpu" else one.data.ptr for one in (x, weights)))
         run(x, permuted_idx, top_k, input_scale, weights, *others)
 
-    monkeypatch.setattr(grouped_gemm_room, "grouped_gemm", spy)
+    monkeypatch.setattr(room, "grouped_gemm", spy)
     cumoe.fused_experts(*layer(given), out=out)
     assert seen[0] == (given["hidden_states"].data_ptr(), given["w1"].data_ptr())
     assert seen[1][1] == given["w2"].data_ptr()
 
 
-def test_results_outlive_their_inputs():
+def test_results_outlive_their_inputs(device):
     given = inputs("bfloat16")
-    expected = bits(cumoe.fused_experts(*layer(given)))
-    tensors = {key: tensor(value.copy()) for key, value in given.items()}
+    expected = bits(native(CALLS["fused_experts"], given, device))
+    tensors = {key: tensor(value.copy(), device) for key, value in given.items()}
     out = cumoe.fused_experts(*layer(tensors))
     prepared = cumoe.prepare(tensors["w1"], tensors["w2"])
     del tensors["w1"], tensors["w2"]
@@ -165,19 +194,21 @@ def test_results_outlive_their_inputs():
     assert bits(array(out)) == bits(array(again)) == expected
 
 
-def test_one_preparation_serves_both_libraries():
-    given = inputs("bfloat16")
-    prepared = cumoe.prepare(tensor(given["w1"]), tensor(given["w2"]))
-    rest = [given["topk_weights"], given["topk_ids"]]
-    with_numpy = cumoe.fused_experts(given["hidden_states"], prepared, None, *rest)
-    with_torch = cumoe.fused_experts(tensor(given["hidden_states"]), prepared, None, *map(tensor, rest))
-    assert isinstance(with_numpy, np.ndarray)
-    assert isinstance(with_torch, torch.Tensor)
-    assert bits(array(with_torch)) == bits(with_numpy)
+def test_one_preparation_serves_both_libraries(device):
+    given, xp = inputs("bfloat16"), namespace(device)
+    tensors, own = tensors_of(given, device), {key: on(xp, value) for key, value in given.items()}
+    prepared = cumoe.prepare(tensors["w1"], tensors["w2"])
+    results = [
+        cumoe.fused_experts(one["hidden_states"], prepared, None, one["topk_weights"], one["topk_ids"])
+        for one in (own, tensors)
+    ]
+    assert isinstance(results[0], xp.ndarray)
+    assert isinstance(results[1], torch.Tensor)
+    assert bits(array(results[0])) == bits(array(results[1]))
 
 
-def test_a_routing_function_gets_the_tensors_themselves():
-    given = {key: tensor(value) for key, value in inputs("bfloat16").items()}
+def test_a_routing_function_gets_the_tensors_themselves(device):
+    given = tensors_of(inputs("bfloat16"), device)
     seen = []
 
     def route(hidden_states, gating_output, topk, renormalize):
@@ -192,8 +223,8 @@ def test_a_routing_function_gets_the_tensors_themselves():
     assert torch.equal(out, cumoe.fused_experts(x, given["w1"], given["w2"], weights, ids))
 
 
-def test_parameters_that_are_frozen_are_tensors_like_others():
-    given = {key: tensor(value) for key, value in inputs("float32").items()}
+def test_parameters_that_are_frozen_are_tensors_like_others(device):
+    given = tensors_of(inputs("float32"), device)
     expected = cumoe.fused_experts(*layer(given))
     for name in ("w1", "w2"):
         given[name] = torch.nn.Parameter(given[name], requires_grad=False)
