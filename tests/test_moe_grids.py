@@ -14,12 +14,21 @@ import functools
 
 import numpy as np
 import pytest
-from grids import assert_close, assert_stated, assert_within, draw, draw_logits, exactly, law_of_variants
+from grids import (
+    ComputedOn,
+    assert_close,
+    assert_stated,
+    assert_within,
+    draw,
+    draw_logits,
+    exactly,
+    law_of_variants,
+)
+from sides import back, on
 
 import cumoe
+from cumoe import _arrays
 from cumoe._modular_experts import StandardExperts
-from cumoe.cpu import grouped_gemm as room
-from cumoe.cpu.pack import best_kernel
 from cumoe.reference import experts
 from cumoe.reference.experts import Bounded
 from cumoe.reference.rounding import SUM_UNIT, rounded
@@ -60,7 +69,7 @@ def moe_weights(n, k, e):
 @pytest.mark.parametrize("topk", [2, 6])
 @pytest.mark.parametrize("e", [8, 64, 192])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_fused_moe(m, n, k, e, topk):
+def test_fused_moe(xp, m, n, k, e, topk):
     """
     Four cells: ep 1 and 4, weights padded or not.
 
@@ -68,24 +77,25 @@ def test_fused_moe(m, n, k, e, topk):
     the last among them: the others keep their rows in every array, but their ids are -1, which makes their rows
     of the output 0. Of the large shapes 3 tokens are judged, and all bits are compared between the layouts.
     """
+    side = ComputedOn(xp)
     rng = np.random.default_rng(m + e + topk)
     w1, w2 = moe_weights(n, k, e)
     x, logits = draw((m, k), 0.1, 3), draw_logits((m, e), 4)
-    weights, ids = cumoe.fused_topk(logits, topk, renormalize=False)
+    weights, ids = side.fused_topk(logits, topk, renormalize=False)
     judged = np.arange(m) if m < 100 else np.array([0, int(rng.integers(1, m - 1)), m - 1])
     for ep_size in (1, 4):
         local, expert_map = some_experts(e, ep_size, e)
         mine = w1[local], w2[local]
         if whole := m < 100 or (e, topk, ep_size) == (8, 2, 1):
             keywords = {"top_k": topk, "renormalize": False, "expert_map": expert_map, "global_num_experts": e}
-            out = cumoe.fused_moe(x, *mine, logits, **keywords)
-            other = cumoe.fused_moe(x, *map(padded, mine), logits, **keywords)
+            out = side.fused_moe(x, *mine, logits, **keywords)
+            other = side.fused_moe(x, *map(padded, mine), logits, **keywords)
         else:
             computed = np.union1d(judged, rng.choice(m, COMPUTED, replace=False))
             chosen = np.full_like(ids, -1)
             chosen[computed] = ids[computed]
-            out = cumoe.fused_experts(x, *mine, weights, chosen, expert_map=expert_map)
-            other = cumoe.fused_experts(x, *map(padded, mine), weights, chosen, expert_map=expert_map)
+            out = side.fused_experts(x, *mine, weights, chosen, expert_map=expert_map)
+            other = side.fused_experts(x, *map(padded, mine), weights, chosen, expert_map=expert_map)
         cell = f"ep {ep_size}"
         exact = experts.fused_experts(x[judged], *mine, weights[judged], ids[judged], expert_map=expert_map)
         assert_close(out[judged], exact, 2e-2, cell=cell)
@@ -98,19 +108,20 @@ def test_fused_moe(m, n, k, e, topk):
 
 @pytest.mark.parametrize("e", [128, 256])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 128, 128), (1, 2048, 128), (2, 2048, 128), (2, 2048, 511)])
-def test_naive_assignment(m, n, k, e):
+def test_naive_assignment(xp, m, n, k, e):
     """Two cells: topk 1 and 2. One block per pair, without sorting; atol 2e-2."""
+    side = ComputedOn(xp)
     w1, w2 = moe_weights(n, k, e)
     x, logits = draw((m, k), 0.1, 5), draw_logits((m, e), 6)
     for topk in (1, 2):
         assert cumoe.use_naive_block_assignment(m, topk, e)
-        weights, ids = cumoe.fused_topk(logits, topk, renormalize=False)
+        weights, ids = side.fused_topk(logits, topk, renormalize=False)
         _, expert_ids, num_tokens_post_padded = cumoe.naive_block_assignment(ids, 16, e)
         exact = experts.fused_experts(x, w1, w2, weights, ids)
-        assert_close(cumoe.fused_experts(x, w1, w2, weights, ids), exact, 2e-2, cell=f"topk {topk}")
+        assert_close(side.fused_experts(x, w1, w2, weights, ids), exact, 2e-2, cell=f"topk {topk}")
         # the blocks say what the layer did: each pair is a token of its own, with one choice
         pairs = np.arange(m * topk) // topk
-        rows = cumoe.fused_experts(x[pairs], w1, w2, weights.reshape(-1, 1), expert_ids.reshape(-1, 1))
+        rows = side.fused_experts(x[pairs], w1, w2, weights.reshape(-1, 1), expert_ids.reshape(-1, 1))
         assert_close(rows.reshape(m, topk, k).astype(np.float32).sum(axis=1).astype(x.dtype), exact, 2e-2)
         assert num_tokens_post_padded == [m * topk * 16]
 
@@ -120,12 +131,13 @@ def test_naive_assignment(m, n, k, e):
 @pytest.mark.parametrize("k", [64, 128])
 @pytest.mark.parametrize("n", [128, 256])
 @pytest.mark.parametrize("m", [1, 16, 64])
-def test_no_act_mul(m, n, k, topk, activation):
+def test_no_act_mul(xp, m, n, k, topk, activation):
     """The public test wants finite and not all zero; the bound says more. Workspaces have the stated shapes."""
+    side = ComputedOn(xp)
     e = 8
     x, w1, w2 = draw((m, k), 0.1, 7), draw((e, n, k), 0.1, 8), draw((e, k, n), 0.1, 9)
-    weights, ids = cumoe.fused_topk(draw_logits((m, e), 10), topk)
-    out = cumoe.fused_experts(x, w1, w2, weights, ids, activation=activation)
+    weights, ids = side.fused_topk(draw_logits((m, e), 10), topk)
+    out = side.fused_experts(x, w1, w2, weights, ids, activation=activation)
     assert np.isfinite(out.astype(np.float32)).all()
     assert out.any()
     assert_close(out, experts.fused_experts(x, w1, w2, weights, ids, activation=activation), 2e-2)
@@ -162,7 +174,7 @@ def tokens_of_few_experts(ids, parts):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("hidden_size", [128, 2880])
 @pytest.mark.parametrize("intermediate_size", [128, 176, 2880])
-def test_cpu_fused_moe(intermediate_size, hidden_size, dtype):
+def test_cpu_fused_moe(xp, intermediate_size, hidden_size, dtype):
     """
     24 cells: batch 1, 64, 256, four activations, without and with biases; E 8, topk 4, prepared weights.
 
@@ -174,20 +186,21 @@ def test_cpu_fused_moe(intermediate_size, hidden_size, dtype):
     from float64 than the tolerance at some elements. The bound, and the tolerance of the other two dtypes, are
     against float64 without rounding.
     """
+    side = ComputedOn(xp)
     e, topk = 8, 4
     x = draw((256, hidden_size), 2 * hidden_size**-0.5, 11, dtype)
     w1 = draw((e, 2 * intermediate_size, hidden_size), 2 * hidden_size**-0.5, 12, dtype)
     w2 = draw((e, hidden_size, intermediate_size), 2 * intermediate_size**-0.5, 13, dtype)
     w1_bias = draw((e, 2 * intermediate_size), 2 * (2 * intermediate_size) ** -0.5, 14, dtype)
     w2_bias = draw((e, hidden_size), 2 * hidden_size**-0.5, 15, dtype)
-    weights, ids = cumoe.fused_topk(draw_logits((256, e), 16), topk, renormalize=False)
+    weights, ids = side.fused_topk(draw_logits((256, e), 16), topk, renormalize=False)
     judged = tokens_of_few_experts(ids, [(1, 64), (64, 256)])
     exact = law_of_variants(x[judged], w1, w2, (w1_bias, w2_bias), weights[judged], ids[judged], CPU_ACTIVATIONS)
     for (activation, with_bias), (bounded, stepwise) in exact.items():
-        config = cumoe.biased_moe_quant_config(w1_bias, w2_bias) if with_bias else None
-        prepared = cumoe.prepare(w1, w2, activation=activation, quant_config=config)
+        config = side.biased_moe_quant_config(w1_bias, w2_bias) if with_bias else None
+        prepared = side.prepare(w1, w2, activation=activation, quant_config=config)
         cell = f"{activation}, {'biases' if with_bias else 'no bias'}"
-        outs = [cumoe.fused_experts(x[:b], prepared, None, weights[:b], ids[:b]) for b in (1, 64, 256)]
+        outs = [side.fused_experts(x[:b], prepared, None, weights[:b], ids[:b]) for b in (1, 64, 256)]
         assert_stated(outs[2][judged], stepwise, *TOLERANCES[dtype], cell=cell)
         assert_within(outs[2][judged], bounded, cell=cell)
         if dtype != "bfloat16":
@@ -202,12 +215,13 @@ def test_cpu_fused_moe(intermediate_size, hidden_size, dtype):
 @pytest.mark.parametrize("num_zero_experts", [1, 4])
 @pytest.mark.parametrize("topk", [1, 2, 6])
 @pytest.mark.parametrize("m", [1, 33, 256])
-def test_zero_expert(m, topk, num_zero_experts):
+def test_zero_expert(xp, m, topk, num_zero_experts):
     """Routing over experts with and without weights, then the layer and the rest of the sum."""
+    side = ComputedOn(xp)
     e, n, k = 8, 128, 256
     x, w1, w2 = draw((m, k), 0.1, 17), draw((e, 2 * n, k), 0.1, 18), draw((e, k, n), 0.1, 19)
     logits = draw_logits((m, e + num_zero_experts), 20).astype(np.float32)
-    weights, ids, rest = cumoe.select_experts(
+    weights, ids, rest = side.select_experts(
         x, logits, topk, zero_expert_type="identity", num_logical_experts=e, renormalize=False
     )
     order = np.argsort(-logits, axis=1, kind="stable")[:, :topk]
@@ -218,7 +232,7 @@ def test_zero_expert(m, topk, num_zero_experts):
     share = np.where(order >= e, chosen, 0).sum(axis=1, keepdims=True)
     exact = Bounded(share * x, rounded(share * x, 8 * SUM_UNIT * np.abs(share * x), x.dtype))
     assert_close(rest, exact, 4e-3)
-    routed = cumoe.fused_experts(x, w1, w2, weights, ids)
+    routed = side.fused_experts(x, w1, w2, weights, ids)
     assert_close(routed, experts.fused_experts(x, w1, w2, weights, ids), 4e-3)
 
 
@@ -232,36 +246,38 @@ BATCHED_SHAPES = [
 
 @pytest.mark.parametrize("e", [8, 64])
 @pytest.mark.parametrize(("m", "n", "k"), BATCHED_SHAPES)
-def test_batched_moe(m, n, k, e):
+def test_batched_moe(xp, m, n, k, e):
     """Three cells: topk 1, 2, 6. Tokens to their shelves, both products there, and back; 3 tokens are judged."""
+    side = ComputedOn(xp)
     x, w1, w2 = draw((m, k), 0.1, 21), draw((e, 2 * n, k), 1 / 15, 22), draw((e, k, n), 1 / 15, 23)
     for topk in (1, 2, 6):
-        weights, ids = cumoe.fused_topk(draw_logits((m, e), 24), topk, renormalize=False)
-        batched, counts = cumoe.moe_batch(x, ids, e, m, check=True)
+        weights, ids = side.fused_topk(draw_logits((m, e), 24), topk, renormalize=False)
+        batched, counts = side.moe_batch(x, ids, e, m, check=True)
         used = np.arange(m) < counts[:, None]
         batched[~used] = np.nan
         shelf = np.where(used, np.arange(e)[:, None], -1).reshape(-1, 1)
-        rows = cumoe.fused_experts(batched.reshape(-1, k), w1, w2, np.ones(shelf.shape, np.float32), shelf)
-        out = cumoe.moe_unbatch(rows.reshape(e, m, k), weights, ids)
+        rows = side.fused_experts(batched.reshape(-1, k), w1, w2, np.ones(shelf.shape, np.float32), shelf)
+        out = side.moe_unbatch(rows.reshape(e, m, k), weights, ids)
         judged = np.unique([0, m // 2, m - 1])
         exact = experts.fused_experts(x[judged], w1, w2, weights[judged], ids[judged])
         assert_close(out[judged], exact, 3e-2, 2e-2, cell=f"topk {topk}")
-        plain = cumoe.fused_experts(x, w1, w2, weights, ids).astype(np.float64)
+        plain = side.fused_experts(x, w1, w2, weights, ids).astype(np.float64)
         np.testing.assert_allclose(out.astype(np.float64), plain, atol=3e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("max_num_tokens", [32, 224, 512])
 @pytest.mark.parametrize("e", [8, 32])
-def test_batched_product(e, max_num_tokens, dtype):
+def test_batched_product(xp, e, max_num_tokens, dtype):
     """Four cells: K and N 128, 1024. Shelves as groups; rows beyond an expert's count are NaN and judge nothing."""
+    side = ComputedOn(xp)
     tolerance = 1e-2 if dtype == "float32" else 6e-2
     for k, n in ((128, 128), (128, 1024), (1024, 128), (1024, 1024)):
         a, b = draw((e, max_num_tokens, k), 0.1, 25, dtype), draw((e, n, k), 1.0, 26, dtype)
         counts = np.random.default_rng(e + k + n).integers(0, max_num_tokens, e)
         used = np.arange(max_num_tokens) < counts[:, None]
         a[~used] = np.nan
-        out = cumoe.grouped_gemm(a.reshape(-1, k), b, np.arange(e + 1) * max_num_tokens)
+        out = side.grouped_gemm(a.reshape(-1, k), b, np.arange(e + 1) * max_num_tokens)
         out = out.reshape(e, max_num_tokens, n)
         assert np.isfinite(out[used].astype(np.float32)).all()
         for expert in np.unique([0, int(counts.argmax()), e - 1]):
@@ -272,55 +288,65 @@ def test_batched_product(e, max_num_tokens, dtype):
             assert_close(out[expert, rows], exact, tolerance, tolerance, cell=f"K {k}, N {n}, expert {expert}")
 
 
-# ---- offsets beyond 2**31 elements: memory that is reserved, but touched only where it matters ----
+# ---- offsets beyond 2**31 elements: on the host, memory that is reserved, but touched only where it matters ----
 
 
-def untouched(shape, dtype="bfloat16"):
-    """Zeros that the system hands out page by page at the first write."""
-    array = np.zeros(shape, dtype)
+def untouched(xp, shape, dtype="bfloat16"):
+    """Zeros, which the host's system hands out page by page at the first write."""
+    if xp is not np and xp.cuda.Device().mem_info[0] < 3 * 2 * np.prod(shape):
+        pytest.skip("the device has too little free memory")
+    array = xp.zeros(shape, np.dtype(dtype))
     assert array.size > 2**31
     return array
 
 
-def test_weights_beyond_int32():
+def test_weights_beyond_int32(xp):
     """The matrices of the last expert begin beyond element 2**31 - 2**20 of w1 and of w2 and end beyond 2**31."""
     n, k, e = 1024, 1024, 2049
-    x, w1, w2 = draw((2, k), 0.1, 27), untouched((e, n, k)), untouched((e, k, n))
-    for expert in (0, e - 1):
-        w1[expert], w2[expert] = draw((1, n, k), 0.1, expert + 1)[0], draw((1, k, n), 0.1, expert + 2)[0]
+    x, w1, w2 = draw((2, k), 0.1, 27), untouched(xp, (e, n, k)), untouched(xp, (e, k, n))
+    first, last = ((draw((1, n, k), 0.1, seed + 1), draw((1, k, n), 0.1, seed + 2)) for seed in (0, e - 1))
+    for expert, (one, two) in ((0, first), (e - 1, last)):
+        w1[expert], w2[expert] = on(xp, one)[0], on(xp, two)[0]
     weights, ids = np.array([[0.75, 0.25]] * 2, np.float32), np.array([[0, e - 1], [e - 1, 1]])
-    out = cumoe.fused_experts(x, w1, w2, weights, ids, activation="silu_no_mul")
-    assert_close(out, experts.fused_experts(x, w1, w2, weights, ids, activation="silu_no_mul"), 2e-2)
+    out = cumoe.fused_experts(on(xp, x), w1, w2, on(xp, weights), on(xp, ids), activation="silu_no_mul")
+    few = [np.concatenate([one, np.zeros_like(one), two]) for one, two in zip(first, last, strict=True)]
+    exact = experts.fused_experts(x, *few, weights, np.array([[0, 2], [2, 1]]), activation="silu_no_mul")
+    assert_close(back(out), exact, 2e-2)
 
 
-def test_rows_beyond_int32():
+def test_rows_beyond_int32(xp):
     """Rows of a product, of its result and of the sum that lie beyond element 2**31."""
     m, k, n = (1 << 21) + 5, 1024, 1024
-    a, out, b = untouched((m, k)), untouched((m, n)), draw((3, n, k), 0.1, 28)
-    a[-4:] = draw((4, k), 0.1, 29)
-    assert cumoe.grouped_gemm(a, b, np.array([m - 4, m - 4, m - 1, m]), out=out) is out
-    x = a[-4:].astype(np.float64)
-    for rows, matrix in ((slice(0, 3), b[1]), (slice(3, 4), b[2])):
-        y = experts.linear(exactly(x[rows]), matrix)
-        assert_close(out[-4:][rows], Bounded(y.value, rounded(y.value, y.error, a.dtype)), 2e-2)
-    assert not out[: 1 << 10].any()
-    assert not out[-8:-4].any()
-    total = cumoe.moe_unpermute(out, None, np.array([[m - 1, -1], [m - 2, m - 3]]))
-    assert total[0].tobytes() == out[-1].tobytes()
-    expected = out[m - 2].astype(np.float32) + out[m - 3].astype(np.float32)
+    a, out, b, rows = untouched(xp, (m, k)), untouched(xp, (m, n)), draw((3, n, k), 0.1, 28), draw((4, k), 0.1, 29)
+    a[-4:] = on(xp, rows)
+    assert cumoe.grouped_gemm(a, on(xp, b), on(xp, np.array([m - 4, m - 4, m - 1, m])), out=out) is out
+    x, found = rows.astype(np.float64), back(out[-4:])
+    for part, matrix in ((slice(0, 3), b[1]), (slice(3, 4), b[2])):
+        y = experts.linear(exactly(x[part]), matrix)
+        assert_close(found[part], Bounded(y.value, rounded(y.value, y.error, a.dtype)), 2e-2)
+    assert not back(out[: 1 << 10]).any()
+    assert not back(out[-8:-4]).any()
+    total = back(cumoe.moe_unpermute(out, None, on(xp, np.array([[m - 1, -1], [m - 2, m - 3]]))))
+    assert total[0].tobytes() == found[-1].tobytes()
+    expected = found[-2].astype(np.float32) + found[-3].astype(np.float32)
     assert total[1].tobytes() == expected.astype(out.dtype).tobytes()
 
 
-def test_tokens_beyond_int32():
+def test_tokens_beyond_int32(xp):
     """The first product gathers tokens that lie beyond element 2**31; the layer would have to write them all."""
     num_tokens, topk, k, n = (1 << 21) + 5, 2, 1024, 128
-    x, w = untouched((num_tokens, k)), draw((1, n, k), 0.1, 30)
-    x[-2:] = draw((2, k), 0.1, 31)
-    pairs = np.array([num_tokens * topk - 1, num_tokens * topk - 3, 0], np.int32)
-    out, nothing = np.empty((3, n), np.uint16), np.empty(0, np.float32)
+    x, w, rows = untouched(xp, (num_tokens, k)), on(xp, draw((1, n, k), 0.1, 30)), draw((2, k), 0.1, 31)
+    x[-2:] = on(xp, rows)
+    pairs = on(xp, np.array([num_tokens * topk - 1, num_tokens * topk - 3, 0], np.int32))
+    out, nothing, offsets = xp.empty((3, n), np.uint16), xp.empty(0, np.float32), on(xp, np.array([0, 3]))
+    room, permute = _arrays.room(xp, "grouped_gemm"), _arrays.room(xp, "permute")
+    kernel = _arrays.room(xp, "pack").best_kernel("bfloat16", k, n, True, False)
+    block_rows = room.block_rows(3, 1, k, n, "bfloat16", kernel)
+    schedule = xp.empty(permute.schedule_size(3, 1, block_rows), np.int32)
+    permute.list_tiles(offsets, schedule, block_rows)
     room.grouped_gemm(
-        x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), np.array([0, 3]), np.empty((0, 0), np.float32),
-        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", best_kernel("bfloat16", k, n, True, False),
-        np.empty(0, np.int32), 0, out,
+        x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), offsets, xp.empty((0, 0), np.float32),
+        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, schedule, block_rows, out,
     )  # fmt: skip
-    assert out.tobytes() == cumoe.grouped_gemm(x[[-1, -2, 0]], w, np.array([0, 3])).tobytes()
+    same = on(xp, np.stack([rows[1], rows[0], np.zeros_like(rows[0])]))
+    assert out.tobytes() == cumoe.grouped_gemm(same, w, offsets).tobytes()
