@@ -107,28 +107,39 @@ def count_pairs(
 
 
 @inlined
+def counted(counts, block, bins, e):
+    """What a block has counted in a bin, 0 after the last block."""
+    return np.int64(counts[block * bins + e]) if block < cuda.gridDim.x else np.int64(0)
+
+
+@inlined
+def if_earlier(count, block):
+    """The count of a block before this one, else 0."""
+    return count if block < cuda.blockIdx.x else np.int64(0)
+
+
+@inlined
 def add_counts(counts, rows, before, total, bins):
     """Sum the counts of the blocks before this one, and of all, for each bin; threads share a bin's blocks."""
-    blocks, own = np.int64(cuda.gridDim.x), cuda.blockIdx.x
-    groups = max(np.int64(1), divide(cuda.blockDim.x, bins))
+    step = max(np.int64(1), divide(cuda.blockDim.x, bins))
     part = np.int64(cuda.threadIdx.x)
-    while part < groups * bins:
+    while part < step * bins:
         keep_rolled()
         block = divide(part, bins)
         e = part - block * bins
         found, earlier = np.int64(0), np.int64(0)
-        while block < blocks:  # four loads at once, so that they overlap
+        while block < cuda.gridDim.x:  # eight loads at once, so that they overlap
             keep_rolled()
-            at = block * bins + e
-            second, third, fourth = block + groups, block + 2 * groups, block + 3 * groups
-            a = counts[at]
-            b = counts[at + groups * bins] if second < blocks else 0
-            c = counts[at + 2 * groups * bins] if third < blocks else 0
-            d = counts[at + 3 * groups * bins] if fourth < blocks else 0
-            found += a + b + c + d
-            earlier += (a if block < own else 0) + (b if second < own else 0)
-            earlier += (c if third < own else 0) + (d if fourth < own else 0)
-            block += 4 * groups
+            a, b = counted(counts, block, bins, e), counted(counts, block + step, bins, e)
+            c, d = counted(counts, block + 2 * step, bins, e), counted(counts, block + 3 * step, bins, e)
+            f, g = counted(counts, block + 4 * step, bins, e), counted(counts, block + 5 * step, bins, e)
+            h, i = counted(counts, block + 6 * step, bins, e), counted(counts, block + 7 * step, bins, e)
+            found += a + b + c + d + f + g + h + i
+            earlier += if_earlier(a, block) + if_earlier(b, block + step)
+            earlier += if_earlier(c, block + 2 * step) + if_earlier(d, block + 3 * step)
+            earlier += if_earlier(f, block + 4 * step) + if_earlier(g, block + 5 * step)
+            earlier += if_earlier(h, block + 6 * step) + if_earlier(i, block + 7 * step)
+            block += 8 * step
         add_to(rows, before + e, earlier)
         add_to(rows, total + e, found)
         part += cuda.blockDim.x

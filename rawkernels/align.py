@@ -86,7 +86,7 @@ def naive_block_assignment(topk_ids, expert_ids, num_experts):
 
 def count_expert_num_tokens(topk_ids, expert_map, expert_num_tokens):
     """How many pairs each local expert gets; `expert_map` (E,) int32, or (0,) for the identity."""
-    expert_num_tokens.fill(0)
+    expert_num_tokens.fill(0)  # no kernel: what adds to it must start after it
     if topk_ids.size > 0:
         _numba.kernel("_layout_kernels.py", "count_tokens", ID=topk_ids.dtype.name)(
             *permute.grid_of(topk_ids.size),
@@ -96,5 +96,4 @@ def count_expert_num_tokens(topk_ids, expert_map, expert_num_tokens):
             expert_num_tokens,
             topk_ids.size,
             expert_num_tokens.size,
-            overlap=True,
         )

@@ -128,7 +128,7 @@ class Kernel:
 
     def __call__(self, grid, block, *arguments, shared=0, overlap=False):
         """Run block after block."""
-        assert block % WARP == 0 and block <= 1024 and shared <= 99 << 10 and overlap
+        assert block % WARP == 0 and block <= 1024 and shared <= 99 << 10
         values = [_taken(kind, value) for kind, value in zip(self.kinds, arguments, strict=True)]
         launch = Launch()
         for number in range(grid):
