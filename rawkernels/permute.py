@@ -13,6 +13,7 @@ import numpy as np
 from cumoe.rawkernels import _copy, _numba
 
 _WARP = 32
+_MOST_THREADS = _numba.MAX_THREADS
 _FEW_PAIRS = 32  # as many lanes sort in registers
 _SHARED_WORDS = 24 << 10  # of a block: every GPU has as many
 _SUMS_WORDS = 64  # of them, as in _sort_kernels.py
@@ -104,7 +105,7 @@ def list_tiles(expert_first_token_offset, schedule, block_rows):
 
 def list_tiles_of(counts, offsets, num_local, schedule, block_rows, capacity, even=False):
     """`list_tiles` from offsets, or from the counts of shelves of `capacity` rows."""
-    threads = min(_numba.MAX_THREADS, _whole_warps(num_local + 1))
+    threads = min(_MOST_THREADS, _whole_warps(num_local + 1))
     _numba.kernel("_tile_kernels.py", "list_tiles", COUNT=counts.dtype.name, OFFSETS=offsets)(
         _LISTING_BLOCKS, threads, counts, schedule, num_local, block_rows, int(even), capacity, overlap=True
     )
@@ -127,19 +128,19 @@ def plan_sort(num_pairs, num_local):
     """Choose the kernels for so many pairs and experts."""
     bins = num_local + 1
     threads = _WARP + _whole_warps(bins)
-    if num_pairs <= _FEW_PAIRS and threads <= _numba.MAX_THREADS:
+    if num_pairs <= _FEW_PAIRS and threads <= _MOST_THREADS:
         return SortPlan(few=True, wide=False, threads=threads)
     most = (_SHARED_WORDS - _SUMS_WORDS) // bins - 2  # a warp takes a count for each bin, the block two more
     if most < 1:
         return SortPlan(few=False, wide=True)
-    warps = _numba.MAX_THREADS // _WARP
+    warps = _MOST_THREADS // _WARP
     wanted = max(1, -(-num_pairs // _WARP))
     sorters = min(warps, 1 << (most.bit_length() - 1), 1 << (wanted - 1).bit_length())
     round_pairs = _WARP * sorters
     blocks = 1 if num_pairs <= _ROUNDS * round_pairs else min(_MOST_BLOCKS, -(-num_pairs // round_pairs))
     per_warp = _WARP * max(1, -(-num_pairs // (round_pairs * blocks)))
     blocks = max(1, -(-num_pairs // (per_warp * sorters)))  # none without a pair
-    threads = _numba.MAX_THREADS if blocks > 1 else max(round_pairs, min(_numba.MAX_THREADS, _whole_warps(bins)))
+    threads = _MOST_THREADS if blocks > 1 else max(round_pairs, min(_MOST_THREADS, _whole_warps(bins)))
     return SortPlan(False, False, blocks, threads, sorters, per_warp, 4 * (_SUMS_WORDS + (sorters + 2) * bins))
 
 

@@ -14,9 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import simulated_gpu
+from sides import assert_equal
 from tree import GPU, ROOT
 
-from cumoe.rawkernels import _compile, _numba, _variants
+from cumoe.rawkernels import _compile, _numba, _variants, permute
+from cumoe.reference import permute as reference
 
 KEPT = ROOT / "build" / "kernels"
 COMPLETE = "sm_90a"
@@ -225,3 +227,48 @@ def test_the_simulator_knows_barriers_from_none(simulated):
     for barrier, other in (("sync_warp()", 63), ("same_in_warp(0)", 31), ("pass", 1)):
         with pytest.raises(AssertionError, match="race"):
             simulated(share.format(barrier, other))
+
+
+# -- what keeps the sorting kernels right -----------------------------------------------------------
+
+
+def barriers():
+    """Every line of the sorting kernels that waits for other threads."""
+    for file in ("_sort_kernels.py", "_tile_kernels.py"):
+        for number, line in enumerate((GPU / file).read_text().splitlines()):
+            if re.match(r"\s+(sync_warp|cuda\.syncthreads)\(\)", line):
+                yield pytest.param(file, number, id=f"{file}:{number + 1}")
+
+
+def sort(cupy, num_pairs, num_experts):
+    ids = np.random.default_rng(0).integers(-1, num_experts + 1, (num_pairs, 1)).astype(np.int32)
+    outputs = [
+        cupy.empty(num_experts + 1, np.int64),
+        cupy.empty(num_pairs, np.int32),
+        cupy.empty((num_pairs, 1), np.int32),
+    ]
+    permute.sort_by_expert(cupy.asarray(ids), cupy.asarray(np.empty(0, np.int32)), *outputs)
+    assert_equal(outputs, reference.sort_by_expert(ids, num_experts))
+
+
+@pytest.mark.parametrize(("file", "number"), list(barriers()))
+def test_every_barrier_is_needed(monkeypatch, file, number):
+    """Sorting goes wrong without it: two threads race, or the simulator would not see it if they did."""
+    cupy = simulated_gpu.install(monkeypatch)
+    for name, value in {"_MOST_THREADS": 64, "_ROUNDS": 2, "_MOST_BLOCKS": 3}.items():
+        monkeypatch.setattr(permute, name, value)
+    permute.plan_sort.cache_clear()
+    sizes = ((120, 5), (300, 80))
+    try:
+        for size in sizes:
+            sort(cupy, *size)
+        for name in ("_tile_kernels.py", "_sort_kernels.py"):  # the second has functions of the first
+            lines = (GPU / name).read_text().splitlines()
+            if name == file:
+                lines[number] = re.sub(r"\S.*", "pass", lines[number])
+            exec("\n".join(lines), vars(sys.modules[f"cumoe.rawkernels.{name[:-3]}"]))
+        with pytest.raises(AssertionError, match="race for one element"):
+            for size in sizes:
+                sort(cupy, *size)
+    finally:
+        permute.plan_sort.cache_clear()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sides import assert_equal, back
 
-from cumoe.rawkernels import _copy, _numba, align, batched, permute
+from cumoe.rawkernels import _copy, align, batched, permute
 from cumoe.reference import align as align_reference
 from cumoe.reference import batched as batched_reference
 from cumoe.reference import permute as reference
@@ -33,8 +33,14 @@ def shrink(monkeypatch):
     """A function that makes blocks of two warps, few of them, with little shared memory."""
 
     def shrink(shared_words=permute._SHARED_WORDS, **more):
-        monkeypatch.setattr(_numba, "MAX_THREADS", 64)
-        small = {"_ROUNDS": 1, "_MOST_BLOCKS": 3, "_THREADS": 32, "_LISTING_BLOCKS": 2, "_DIGIT_BITS": 2}
+        small = {
+            "_MOST_THREADS": 64,
+            "_ROUNDS": 1,
+            "_MOST_BLOCKS": 3,
+            "_THREADS": 32,
+            "_LISTING_BLOCKS": 2,
+            "_DIGIT_BITS": 2,
+        }
         for name, value in {**small, "_SHARED_WORDS": shared_words, **more}.items():
             monkeypatch.setattr(permute, name, value)
         monkeypatch.setattr(_copy, "_THREADS", 32)
