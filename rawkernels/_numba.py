@@ -53,7 +53,8 @@ def build(file, name, arch, constants):
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     program = ObjectCode.from_ptx(ptx(file, name, arch, constants).encode(), name=name)
-    linker = Linker(program, options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    told = {"ptxas_options": ["-v"]} if Linker.which_backend() == "nvJitLink" else {}  # the driver tells nothing
+    linker = Linker(program, options=LinkerOptions(arch=arch, **told))
     code = bytes(linker.link("cubin").code)
     return linker.get_info_log().replace("\0", "").encode() + b"\0" + code
 
