@@ -228,8 +228,9 @@ def enter_call(
     num_global = _global_experts(experts, expert_map, global_num_experts)
     if check:
         _check_values(x, weights, ids, expert_map, num_global, experts.num_experts)
-    inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "w1": experts.w1, "w2": experts.w2}
-    inputs["expert_map"] = expert_map
+    inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
+    if not is_prepared:  # else nobody else holds their memory
+        inputs |= {"w1": experts.w1, "w2": experts.w2}
     if out is None:
         out = side.xp.empty((num_tokens, hidden_size), x.dtype)
     else:

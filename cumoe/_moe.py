@@ -70,8 +70,9 @@ def fused_experts(
         Most bytes of the scratch that grows with the tokens, which are done in pieces that fit, with the
         same bits. Each CPU thread holds a few MiB besides: a block of rows and, for plain weights, a panel.
     workspace : (bytes,) uint8 array, optional
-        Where the scratch goes: at least ``plan(...).workspace_bytes``, on the side of the other arrays. What
-        it holds afterwards is of no use.
+        Where the scratch goes: at least ``plan(...).workspace_bytes``, on the side of the other arrays. On the
+        GPU what must be converted takes its part of it too: choices and biases that are not float32, arrays
+        that are not contiguous. What it holds afterwards is of no use.
     backend : str, optional
         Kernel that multiplies; default: the fastest that adds exact products. On the GPU "wgmma" (Hopper),
         "mma" (any), both for 16-bit numbers, "fma" and "tf32" for float32; "tf32" rounds the factors to 11

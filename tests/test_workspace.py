@@ -36,6 +36,11 @@ def test_a_poisoned_workspace_changes_no_bit(xp, problem, offset):
     idle = np.setdiff1d(np.arange(len(w1)), used)
     w1[idle], w2[idle] = np.nan, np.nan
     x[(experts.local_experts(problem.topk_ids, len(w1), problem.expert_map) < 0).all(axis=1)] = np.nan
+    # biases of another dtype would be converted in the workspace and take more of it
+    biases = {
+        name: None if (b := getattr(problem, name)) is None else b.astype("f4") for name in ("w1_bias", "w2_bias")
+    }
+    problem = problem._replace(**biases)
     workspace = xp.full(bytes_for(problem, xp) + offset, 0xFF, np.uint8)[offset:]
     dirty = run(problem._replace(w1=w1, w2=w2, hidden_states=x), xp, workspace=workspace)
     assert dirty.tobytes() == run(problem, xp).tobytes()
