@@ -11,6 +11,8 @@ _BLOCK_K = 64
 _CTA_BYTES = 227 << 10  # shared memory of one CTA
 _PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
 _MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
+_FEW_ROWS = 32  # of a tile, up to which several CTAs share a multiprocessor
+_SMALL_MATRIX = 1 << 22  # weights of an expert's second product: below, halves of an expert fit smaller tiles better
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
@@ -61,17 +63,19 @@ def mean_rows(num_pairs, num_experts):
     return num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts)) if num_pairs else 0.0
 
 
-def block_rows(num_pairs, num_experts):
-    """Rows of a tile: the least that covers nearly every expert, else the largest."""
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size):
+    """Rows of a tile: the least that covers nearly every expert, or nearly every half; else the largest."""
     mean = mean_rows(num_pairs, num_experts)
-    widths = sorted(_TILES)
     most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
-    if most <= 34:
-        return next((width for width in widths if width >= most), 32)
-    parts = -(-(mean + 2 * math.sqrt(mean)) // widths[-1])
-    if parts > 1:
-        return widths[-1]
-    return next(width for width in widths if width > 32 and width >= mean + 2 * math.sqrt(mean))
+    if most <= _FEW_ROWS:
+        return next((rows for rows in _TILES if rows >= most), _FEW_ROWS)
+    most = mean + 2 * math.sqrt(mean)
+    small = hidden_size * intermediate_size <= _SMALL_MATRIX
+    for parts in (1, 2) if small else (1,):
+        for rows in _TILES:
+            if _FEW_ROWS < rows and most <= rows * parts:
+                return rows
+    return max(_TILES)
 
 
 def launch(
@@ -169,7 +173,7 @@ def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, li
 
 def explain(num_pairs, num_experts, hidden_size, intermediate_size):
     """Lines that say which tile a call uses and why."""
-    tile = _TILES[block_rows(num_pairs, num_experts)]
+    tile = _TILES[block_rows(num_pairs, num_experts, hidden_size, intermediate_size)]
     mean = mean_rows(num_pairs, num_experts)
     where = f"{tile.ctas} blocks a multiprocessor" if tile.ctas > 1 else "one block a multiprocessor, which stays"
     return (

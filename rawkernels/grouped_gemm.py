@@ -77,7 +77,7 @@ def grouped_gemm(
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
     """Rows of a tile of the schedule for both products of a call."""
     if kernel == "wgmma":
-        return wgmma.block_rows(num_pairs, num_experts)
+        return wgmma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size)
     return mma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
 
 
