@@ -1,6 +1,7 @@
 """Arrays of other libraries: in without a copy, the same kind out, nothing leaked."""
 
 import gc
+import inspect
 import resource
 import weakref
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import cumoe
 from cumoe import _arrays, _dlpack
 
 DTYPES = {
@@ -368,3 +370,13 @@ def test_read_only_as_plain_keeps_strides(xp):
     plain = _arrays.read_only_as_plain(locked)
     assert plain.flags.writeable
     assert (plain.ctypes.data, plain.strides) == (locked.ctypes.data, locked.strides)
+
+
+def test_public_functions_that_take_arrays_work_on_their_stream():
+    """Each is decorated, or CUDA tensors could not be captured in a graph of theirs."""
+    functions = [getattr(cumoe, name) for name in cumoe._HOME if inspect.isfunction(getattr(cumoe, name))]
+    classes = [getattr(cumoe, name) for name in cumoe._HOME if inspect.isclass(getattr(cumoe, name))]
+    functions += [one for cls in classes for key, one in vars(cls).items() if inspect.isfunction(one) and key[0] != "_"]
+    takers = [one for one in functions if "_arrays.enter(" in inspect.getsource(inspect.unwrap(one))]
+    assert len(takers) > 20
+    assert [one.__qualname__ for one in takers if inspect.unwrap(one) is one] == []
