@@ -8,7 +8,8 @@
 #define WGMMA_TYPE "bf16"
 #endif
 
-template <int N> struct Wgmma;
+template <int N>
+struct Wgmma;
 
 // clang-format off: one line of registers after the other
 
