@@ -81,7 +81,9 @@ def run(
     for (variant, arch), built in zip(tasks, results, strict=True):
         constants = " ".join(f"{name}={value}" for name, value in variant.constants)
         numbers = (str(built.registers), str(built.spill_bytes)) if built.registers else ("-", "-")
-        table.add_row(variant.file, escape(constants), arch, *numbers, f"{built.seconds:.2f}", built.how)
+        # a text of CUDA is compiled as a whole, Python function by function
+        name = variant.file if variant.file.endswith(".cu") else f"{variant.file} {' '.join(variant.entries)}"
+        table.add_row(name, escape(constants), arch, *numbers, f"{built.seconds:.2f}", built.how)
     console.print(table)
     for (variant, arch), built in zip(tasks, results, strict=True):
         if built.error:
@@ -106,7 +108,7 @@ def _build_all(console: Console, tasks: Sequence[tuple[Any, str]], output: Path 
     found: dict[int, Built] = {}
     order = sorted(range(len(tasks)), key=lambda i: -len(_compile.source(tasks[i][0].file)))
     jobs = min(jobs, len(tasks))
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("compile", total=len(tasks))
         if jobs == 1:
             for i in order:
