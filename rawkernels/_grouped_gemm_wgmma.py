@@ -13,9 +13,6 @@ _PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which t
 _MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
 _FEW_ROWS = 32  # of a tile, up to which several CTAs share a multiprocessor
 _SMALL_MATRIX = 1 << 22  # weights of an expert's second product: below, halves of an expert fit smaller tiles better
-_AHEAD_BYTES = 32 << 20  # of weights that L2 can keep while those of the first product pass through it
-_FLYING_BYTES = 16 << 20  # on their way from memory: more does not come sooner
-_FEW_STAGES = 4
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
@@ -26,12 +23,11 @@ class Tile(NamedTuple):
     m_blocks: int  # 64 weight rows each, of a warpgroup
     groups: int  # warpgroups that multiply
     ctas: int  # of a multiprocessor
-    block_rows: int = 64  # of weights, used of each 64 that are multiplied
 
     @property
     def weights(self):
         """Weight rows of a tile."""
-        return self.block_rows * self.m_blocks * self.groups
+        return 64 * self.m_blocks * self.groups
 
     @property
     def staged(self):
@@ -45,9 +41,8 @@ class Tile(NamedTuple):
 
     def fixed_bytes(self, gated):
         """Shared memory beside the ring: alignment, results on their way out, scales."""
-        outputs = (self.block_rows // 2 if gated else self.block_rows) * self.m_blocks
-        beyond = (64 - self.block_rows) * 2 * _BLOCK_K  # the last buffer is read as if it had 64 rows a block
-        return 1024 + self.groups * (self.staged * outputs * 2 + self.tokens * 4) + beyond
+        outputs = (32 if gated else 64) * self.m_blocks
+        return 1024 + self.groups * (self.staged * outputs * 2 + self.tokens * 4)
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
@@ -111,24 +106,18 @@ def launch(
         return
     tile = _TILES[block_rows]
     gathered, limited = top_k > 0, bool(activation) and limit != math.inf
-    processors = _load.multiprocessors(x.device.id)
-    most_tiles = min(rows, num_experts) + (rows - min(rows, num_experts)) // tile.tokens
-    tile = _for_few_units(tile, most_tiles, n, processors)
     constants = _constants(tile, dtype, activation, gathered, bias.size > 0, output_scale.size > 0, limited)
     gated = bool(constants["GATED"])
+
     blocks = -(-n // tile.weights)
-    units = most_tiles * blocks
-    resident = processors * tile.ctas
-    grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, resident)
-    ctas = min(tile.ctas, -(-grid // processors))
+    units = (min(rows, num_experts) + rows // tile.tokens) * blocks
+    processors = _load.multiprocessors(x.device.id)
+    grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
+    ctas = 1 if grid <= processors else tile.ctas
     ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - tile.fixed_bytes(gated)
     stages = ring_bytes // tile.stage_bytes
     if grid == units:  # no further unit will fill the ring
         stages = min(stages, max(2, -(-k // _BLOCK_K)))
-    if gathered and grid == units <= resident:  # leave room for the second product's CTAs
-        stages = min(stages, max(_FEW_STAGES, _FLYING_BYTES // (grid * tile.stage_bytes)))
-    if ahead and units * tile.weights * k * 2 <= _AHEAD_BYTES:  # weights in L2, rather than in buffers
-        ahead, grid, stages = 2, min(units, 2 * processors), min(stages, _FEW_STAGES)
     together = min(_MOST_TOGETHER, max(1, math.ceil(mean_rows(rows, num_experts) / tile.tokens)))
     _load.kernel("grouped_gemm_wgmma.cu", "grouped_gemm", **constants)(
         grid,
@@ -150,20 +139,13 @@ def launch(
         top_k,
         stages,
         together,
-        0 if gathered else int(ahead),
+        int(ahead and not gathered),
         np.float32(alpha),
         np.float32(beta),
         np.float32(limit),
         shared=tile.fixed_bytes(gated) + stages * tile.stage_bytes,
         overlap=True,
     )
-
-
-def _for_few_units(tile, most_tiles, weight_rows, processors):
-    """The tile, or its half where whole ones would leave multiprocessors without one."""
-    if tile.ctas > 2 and most_tiles * -(-weight_rows // tile.weights) < 1.5 * processors:
-        return tile._replace(block_rows=32)
-    return tile
 
 
 def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, limited=False):
@@ -181,7 +163,6 @@ def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, li
         "LIMITED": int(limited),
         "GATHERED": int(gathered),
         "M_BLOCKS": tile.m_blocks,
-        "BLOCK_ROWS": tile.block_rows,
         "COLUMNS": tile.tokens,
         "GROUPS": tile.groups,
         "MIN_CTAS": tile.ctas,
@@ -206,6 +187,6 @@ def variants(arch):
     if arch != "sm_90a":
         return
     for dtype in ("bfloat16", "float16"):
-        for tile in (*_TILES.values(), _TILES[8]._replace(block_rows=32)):
+        for tile in _TILES.values():
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "silu", True)
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "", False, scaled=True)

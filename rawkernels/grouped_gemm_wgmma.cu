@@ -11,8 +11,7 @@
 //            the same outputs, so that one thread holds both.
 // Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
 // Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
-//            GATHERED: rows by permuted_idx; GROUPS warpgroups of M_BLOCKS x BLOCK_ROWS weight rows, COLUMNS tokens;
-//            BLOCK_ROWS 64, or 32: half of each product is of no use, but twice as many CTAs ask memory for rows;
+//            GATHERED: rows by permuted_idx; GROUPS warpgroups of M_BLOCKS x 64 weight rows, COLUMNS tokens;
 //            MIN_CTAS of a multiprocessor; registers of both kinds of warps, 0: as compiled
 // Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
 
@@ -32,7 +31,6 @@
 #define LIMITED 0
 #define GATHERED 1
 #define M_BLOCKS 1
-#define BLOCK_ROWS 64
 #define COLUMNS 64
 #define GROUPS 2
 #define MIN_CTAS 1
@@ -40,8 +38,8 @@
 #define CONSUMER_REGISTERS 224
 #endif
 
-constexpr int BLOCK_K = 64;                             // 128 bytes, the width of the swizzle
-constexpr int WEIGHTS = BLOCK_ROWS * M_BLOCKS * GROUPS; // rows of a tile
+constexpr int BLOCK_K = 64;                     // 128 bytes, the width of the swizzle
+constexpr int WEIGHTS = 64 * M_BLOCKS * GROUPS; // rows of a tile
 constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
 constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
 

@@ -7,7 +7,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
                                       int k_blocks, int ahead)
 {
     int unit = blockIdx.x, primed = 0;
-    if (ahead) { // `schedule` is older than the kernel before this one: weights need not wait; 2: the rest comes to L2
+    if (ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
         tiles.open();
         if (unit < tiles.units()) {
             const Unit u = tiles.at(unit);
@@ -16,11 +16,6 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
                 barrier_arrive_expecting(first.full(), STAGE);
                 copy_weights(first.buffer(), weights_map, first.full(), primed * BLOCK_K,
                              u.block * (WEIGHTS / (GATED ? 16 : 8)), u.expert);
-            }
-            for (int later = unit; ahead > 1 && later < tiles.units(); later += gridDim.x) {
-                const Unit v = tiles.at(later);
-                for (int k = later == unit ? primed : 0; k < k_blocks; ++k)
-                    prefetch_weights(weights_map, k * BLOCK_K, v.block * (WEIGHTS / (GATED ? 16 : 8)), v.expert);
             }
         }
     }
@@ -98,8 +93,7 @@ template <int N>
 __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks, int group)
 {
     const bool first_lane = threadIdx.x % 32 == 0;
-    constexpr int BLOCK = BLOCK_ROWS * 128 / 16; // descriptors count 16 bytes
-    const uint64 rows = group * M_BLOCKS * BLOCK;
+    const uint64 rows = group * M_BLOCKS * 512; // descriptors count 16 bytes
     uint32 previous = 0;
     for (int k = 0; k < k_blocks; ++k) {
         barrier_wait(ring.full(), ring.parity);
@@ -110,7 +104,7 @@ __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring
         for (int step = 0; step < BLOCK_K / 16; ++step)
 #pragma unroll
             for (int i = 0; i < M_BLOCKS; ++i)
-                Wgmma<N>::multiply(d[i], m + i * BLOCK + step * 2, n + step * 2, k > 0 || step > 0);
+                Wgmma<N>::multiply(d[i], m + i * 512 + step * 2, n + step * 2, k > 0 || step > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (k > 0 && first_lane) barrier_arrive(previous);

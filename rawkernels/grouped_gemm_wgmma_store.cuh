@@ -53,7 +53,7 @@ constexpr int STAGED_TOKENS = COLUMNS <= 56       ? COLUMNS
                               : COLUMNS % 56 == 0 ? 56
                               : COLUMNS % 48 == 0 ? 48
                                                   : 32;
-constexpr int GROUP_OUTPUTS = (GATED ? BLOCK_ROWS / 2 : BLOCK_ROWS) * M_BLOCKS;
+constexpr int GROUP_OUTPUTS = (GATED ? 32 : 64) * M_BLOCKS;
 constexpr int STAGING = STAGED_TOKENS * GROUP_OUTPUTS * 2; // bytes of a warpgroup
 constexpr int CHUNKS = GROUP_OUTPUTS / 8;                  // 16-byte pieces of a staged token
 constexpr int SCALE_BYTES = COLUMNS * 4;
@@ -74,8 +74,7 @@ __device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit
     Extras e;
 #pragma unroll
     for (int i = 0; i < M_BLOCKS; ++i) {
-        const int column =
-            first_output(unit, group) + i * (GROUP_OUTPUTS / M_BLOCKS) + warp * (GATED ? 8 : 16) + lane / 4;
+        const int column = first_output(unit, group) + i * (GATED ? 32 : 64) + warp * (GATED ? 8 : 16) + lane / 4;
         e.bias[i][0] = bias_at(p, unit.expert, GATED ? gate_row(p, column) : column, column);
         e.bias[i][1] = GATED ? bias_at(p, unit.expert, up_row(p, column), column)
                              : bias_at(p, unit.expert, column + 8, column + 8);
@@ -112,16 +111,15 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
             float s0 = 1.0f, s1 = 1.0f;
             if (SCALED) load_shared(scales + (g * 8 + lane % 4 * 2) * 4, s0, s1);
 #pragma unroll
-            for (int m = 0; m < M_BLOCKS && warp * 16 < BLOCK_ROWS; ++m) {
+            for (int m = 0; m < M_BLOCKS; ++m) {
                 const float* sum = &d[m][g * 4];
                 const float b0 = e.bias[m][0], b1 = e.bias[m][1];
                 const uint32 low = rounded_pair(sum[0], sum[1], b0, b0, s0, s1);
                 const uint32 high = rounded_pair(sum[2], sum[3], b1, b1, s0, s1);
                 if (GATED)
-                    store_transposed(staging + staged(token, m * (BLOCK_ROWS / 16) + warp),
-                                     activated_pair(p, low, high));
+                    store_transposed(staging + staged(token, m * 4 + warp), activated_pair(p, low, high));
                 else
-                    store_transposed(staging + staged(token, m * (BLOCK_ROWS / 8) + warp * 2 + lane / 8 % 2),
+                    store_transposed(staging + staged(token, m * 8 + warp * 2 + lane / 8 % 2),
                                      activated_pair(p, low, low), activated_pair(p, high, high));
             }
         }

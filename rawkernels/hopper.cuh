@@ -57,14 +57,6 @@ __device__ __forceinline__ void copy_weights(uint32 to, const TensorMap* map, ui
                  : "memory");
 }
 
-// The same box on its way to L2.
-__device__ __forceinline__ void prefetch_weights(const TensorMap* map, int k, int block, int expert)
-{
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %2, %3, %4}];" ::"l"(map), "r"(k), "r"(0),
-                 "r"(block), "r"(expert)
-                 : "memory");
-}
-
 __device__ __forceinline__ void copy_rows(uint32 to, const TensorMap* map, uint32 barrier, int k, int row)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
