@@ -110,7 +110,8 @@ def launch(
     gated = bool(constants["GATED"])
 
     blocks = -(-n // tile.weights)
-    units = (min(rows, num_experts) + rows // tile.tokens) * blocks
+    full = min(rows, num_experts)  # experts that may have a tile, and the tiles beyond the first of each
+    units = (full + (rows - full) // tile.tokens) * blocks
     processors = _load.multiprocessors(x.device.id)
     grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
     ctas = 1 if grid <= processors else tile.ctas
