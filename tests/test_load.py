@@ -1,6 +1,9 @@
 """The loader on a GPU: arguments, grids, shared memory, streams, graphs. test_kernel_cache has what needs no GPU."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +179,35 @@ def test_functions_live_on_the_device_that_is_current(probe):
             function(probe, "blocks")(1, 33, out)
             np.testing.assert_array_equal(out.get(), np.arange(33))
             assert _load.architecture() == _load.architecture(number)
+
+
+FIRST_CALL = """
+import sys, time
+import cupy as cp
+import ml_dtypes
+import numpy as np
+import cumoe
+rng = np.random.default_rng(0)
+shapes = (9, 64), (8, 96, 64), (8, 64, 48)
+x, w1, w2 = (cp.asarray(rng.standard_normal(shape, np.float32).astype("bfloat16")) for shape in shapes)
+logits = cp.asarray(rng.standard_normal((9, 8), np.float32))
+cp.cuda.Device().synchronize()
+started = time.perf_counter()
+out = cumoe.fused_moe(x, w1, w2, logits, top_k=2)
+cp.cuda.Device().synchronize()
+print(time.perf_counter() - started, *sorted({"cuda.core", "numba", "llvmlite"} & set(sys.modules)))
+"""
+
+
+def test_the_first_layer_of_a_warm_process_loads_no_compiler(tmp_path):
+    environment = {**os.environ, "CUPY_CACHE_DIR": str(tmp_path / "warm")}
+    loaded = []
+    for how in ("cold", "warm", "warm"):
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True, check=True
+        )
+        seconds, *modules = done.stdout.split()
+        print(f"first fused_moe of a process, {how} cache: {float(seconds):.2f} s")
+        loaded.append(modules)
+    assert "cuda.core" in loaded[0]
+    assert loaded[1:] == [[], []]
