@@ -31,6 +31,24 @@ struct alignas(BYTES) Piece {
     X x[WIDTH];
 };
 
+// The store of a piece as one: left to itself the compiler of CUDA 13.0 takes it apart for sm_80 to sm_90.
+__device__ __forceinline__ void put(X* at, const Piece& piece)
+{
+    if constexpr (BYTES == 16) {
+        const uint4 word = *reinterpret_cast<const uint4*>(&piece);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word.x), "r"(word.y), "r"(word.z),
+                     "r"(word.w)
+                     : "memory");
+    } else if constexpr (BYTES == 8) {
+        const uint2 word = *reinterpret_cast<const uint2*>(&piece);
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word.x), "r"(word.y) : "memory");
+    } else if constexpr (BYTES == 4) {
+        asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(*reinterpret_cast<const uint32*>(&piece)) : "memory");
+    } else {
+        *reinterpret_cast<Piece*>(at) = piece;
+    }
+}
+
 // Rows that `inv_permuted_idx` names.
 struct PermutedRows {
     const INDEX* rows; // of this token
@@ -97,7 +115,7 @@ __device__ __forceinline__ void add_up(const X* x, const Rows& rows, const float
     Piece result;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) result.x[i] = store<X>(sum[i]);
-    *reinterpret_cast<Piece*>(out + column) = result;
+    put(out + column, result);
 }
 
 // First column of a thread in its block's first, second, ... range of columns; a block has more than one range only
