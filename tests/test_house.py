@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpydoc.docscrape import ClassDoc, FunctionDoc
 from numpydoc.validate import validate
+from sides import gpu
 from tree import CPU, FRONT, GPU, REFERENCE, ROOT, calls_of, imports, name_of, signatures, sources, written_files
 
 import cumoe
@@ -327,8 +328,26 @@ def test_docstring_examples_run(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-def test_the_readme_example_runs():
+def readme_examples():
+    """The examples of the README: each goes on where the one before it ends."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"print": lambda *words: None})
+    return [compile(block, "README.md", "exec") for block in blocks]
+
+
+def test_the_readme_example_runs():
+    exec(readme_examples()[0], {"print": lambda *words: None})
+
+
+def test_the_readme_examples_run_on_a_gpu():
+    first, *others = readme_examples()
+    assert others
+    gpu()
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    names = {"print": lambda *words: None}
+    for block in (first, *others):
+        exec(block, names)
+    names["graph"].replay()
+    names["graph"].replay()
+    torch.cuda.synchronize()
