@@ -79,7 +79,7 @@ class Kernel:
         self._module.load(cubin)
         function = self._module.get_function(name)
         self._keep, self._function = function, driver.CUfunction(function.ptr)
-        self._shared = 0
+        self._shared, self._growing = 0, threading.Lock()
         self._overlap = capability(device) >= 90
 
     def attribute(self, attribute):
@@ -102,10 +102,7 @@ class Kernel:
         from cuda.bindings import driver
 
         if shared > self._shared:
-            # always, not beyond 48 KiB only: that limit counts the kernel's static shared memory too
-            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(self._function, which, shared), self.name)
-            self._shared = shared
+            self._allow(shared)
         grid = grid if isinstance(grid, tuple) else (grid,)
         config = _config(grid, block, shared, overlap and self._overlap, cp.cuda.get_current_stream().ptr)
         count = len(arguments)
@@ -126,6 +123,17 @@ class Kernel:
             else:
                 slots[i] = argument.data.ptr
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), self.name)
+
+    def _allow(self, shared):
+        """Let launches take so many bytes of shared memory; never fewer than before, whatever other threads ask for."""
+        from cuda.bindings import driver
+
+        with self._growing:
+            if shared > self._shared:
+                # always, not beyond 48 KiB only: that limit counts the kernel's static shared memory too
+                which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _checked(driver.cuFuncSetAttribute(self._function, which, shared), self.name)
+                self._shared = shared
 
 
 @functools.lru_cache(maxsize=4096)
