@@ -229,8 +229,8 @@ def enter_call(
     if check:
         _check_values(x, weights, ids, expert_map, num_global, experts.num_experts)
     inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
-    if not is_prepared:  # else nobody else holds their memory
-        inputs |= {"w1": experts.w1, "w2": experts.w2}
+    if not is_prepared:  # else nobody else holds their memory; as they came: converted, they are in the workspace
+        inputs |= dict(zip(("w1", "w2", "w1_bias", "w2_bias"), inside, strict=False))
     if out is None:
         out = side.xp.empty((num_tokens, hidden_size), x.dtype)
     else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sides import back, device_of, on
+from sides import back, bits, device_of, on
 from strategies import make_problem, problems
 from test_moe import run
 
@@ -84,6 +84,24 @@ def test_tensors_as_workspace():
     assert torch.equal(cumoe.fused_moe(*tensors[:3], logits, top_k=2, workspace=workspace), expected)
 
 
+def test_what_is_converted_lies_in_it(xp):
+    """Weights whose elements are no neighbours, biases and choices of other dtypes; all as bits as if they were not."""
+    problem = make_problem(20, 2, 4, 32, 24, "bfloat16", bias=True)
+    names = ("w1_bias", "w2_bias")
+    problem = problem._replace(**{name: getattr(problem, name).astype("float16") for name in names})
+    expected = run(problem._replace(**{name: getattr(problem, name).astype("float32") for name in names}), xp)
+    x, *weights, topk_weights, topk_ids = (on(xp, array) for array in problem[:5])
+    wide = [xp.zeros((*w.shape[:-1], 2 * w.shape[-1]), w.dtype) for w in map(bits, weights)]
+    for target, w in zip(wide, map(bits, weights), strict=True):
+        target[..., ::2] = w
+    w1, w2 = (target.view(problem.w1.dtype)[..., ::2] for target in wide)
+    config = cumoe.biased_moe_quant_config(*(on(xp, getattr(problem, name)) for name in names))
+    workspace = xp.full(1 << 17, 0xFF, np.uint8)
+    arguments = (x, w1, w2, topk_weights.astype("float64"), topk_ids)
+    out = cumoe.fused_experts(*arguments, quant_config=config, workspace=workspace)
+    assert back(out).tobytes() == expected.tobytes()
+
+
 def test_pieces_are_aligned_and_apart(xp):
     memory = xp.zeros(5000, np.uint8)
     space = _workspace.Workspace(xp, memory[3:])
@@ -136,6 +154,9 @@ def test_wrong_workspaces_are_refused(change, error, message):
 def test_a_workspace_is_no_other_array():
     memory = np.zeros(40_000, np.uint8)
     x = memory[512 : 512 + 6 * 32 * 4].view(np.float32).reshape(6, 32)
+    config = cumoe.biased_moe_quant_config(None, memory[512 : 512 + 3 * 32 * 4].view(np.float32).reshape(3, 32))
+    with pytest.raises(ValueError, match=r"^workspace must not share memory with w2_bias"):
+        cumoe.fused_experts(**problem_and(quant_config=config, workspace=memory))
     for name in ("hidden_states", "out"):
         with pytest.raises(ValueError) as caught:
             cumoe.fused_experts(**problem_and(**{name: x, "workspace": memory}))
