@@ -349,5 +349,4 @@ def test_the_readme_examples_run_on_a_gpu():
     for block in (first, *others):
         exec(block, names)
     names["graph"].replay()
-    names["graph"].replay()
     torch.cuda.synchronize()
