@@ -37,6 +37,20 @@ def choose_kernel(
     return backend
 
 
+def refusals(
+    xp: ModuleType, kernel: str, backend: str | None, dtype: str, hidden_size: int, intermediate_size: int
+) -> tuple[str, ...]:
+    """Say of each other kernel that could be expected why `kernel` is taken instead."""
+    pack = _arrays.room(xp, "pack")
+    needs = dtype, hidden_size, intermediate_size, True, False
+    reasons = [reason for reason in pack.refused_kernels(*needs) if not reason.startswith(f"{kernel}:")]
+    if backend is not None:
+        names = pack.kernel_names()
+        before = (name for name in names[: names.index(kernel)] if pack.refusal(name, *needs) is None)
+        reasons += [f"{name}: can run, {backend} was asked for" for name in before]
+    return tuple(reasons)
+
+
 def rows_are_aligned(*arrays: _arrays.Array) -> bool:
     """Whether all rows of CuPy arrays, whose elements are neighbours, begin at multiples of 16 bytes."""
     for array in arrays:

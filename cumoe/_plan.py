@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cumoe import _arrays, _check
 from cumoe._act import is_gated
-from cumoe._kernel_choice import choose_kernel
+from cumoe._kernel_choice import choose_kernel, refusals
 from cumoe._workspace import ALIGNMENT, rounded
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -78,7 +78,7 @@ class Plan:
     kernel : str
         Kernel that multiplies.
     refused : tuple of str
-        The faster kernels and why each of them is not used.
+        The kernels that could be expected instead, and why each of them is not used.
     tiles : tuple of str
         On the GPU, how the products are cut into tiles and why; in words.
     flops : int
@@ -173,10 +173,10 @@ def plan(
         Of tokens and weights.
     activation : str, default "silu"
         Name of an activation.
-    device : {"cpu", "cuda"}, default "cpu"
-        Side that would run; "cuda" needs a device here, and tells about the current one.
+    device : {"cpu", "cuda", "cuda:0", ...}, default "cpu"
+        Side that would run; a GPU must be here, "cuda" is the current one.
     workspace_limit : int, optional
-        Most bytes of scratch.
+        Most bytes of scratch, as in `fused_experts`.
     backend : str, optional
         Name of a kernel, as in `fused_experts`.
 
@@ -191,8 +191,8 @@ def plan(
         A size or name outside the lists above.
     NotImplementedError
         A `backend` that cannot run here.
-    RuntimeError
-        No CUDA device.
+    ImportError, RuntimeError
+        No CuPy, or no CUDA device.
 
     Notes
     -----
@@ -219,8 +219,11 @@ def plan(
     touched = num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
     itemsize = _ITEMSIZE[dtype]
     sizes = Sizes(top_k, num_experts, hidden_size, intermediate_size, dtype)
-    kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
-    shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
+    with _arrays.device_scope(device):
+        kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
+        refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size)
+        shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
+        tiles = _arrays.room(xp, "grouped_gemm").explain(shares.tokens_per_piece * top_k, *sizes[1:], kernel)
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
         num_tokens,
@@ -232,8 +235,8 @@ def plan(
         activation,
         device,
         kernel,
-        _arrays.room(xp, "pack").refused_kernels(dtype, hidden_size, intermediate_size, True, False),
-        _arrays.room(xp, "grouped_gemm").explain(shares.tokens_per_piece * top_k, *sizes[1:], kernel),
+        refused,
+        tiles,
         shares.tokens_per_piece,
         scratch_bytes(sizes, shares) + choices if num_tokens else 0,
         touched,

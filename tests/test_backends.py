@@ -140,12 +140,20 @@ def test_what_hoppers_kernel_cannot_read_another_one_does(dtype):
 
 
 def test_a_plan_of_the_gpu():
-    gpu()
+    cp = gpu()
     plan = cumoe.plan(100, 64, 32, 8, 2, dtype="float32", device="cuda")
     assert (plan.kernel, plan.device) == ("fma", "cuda")
     assert "tf32: rounds the factors to 11 bits, for callers who ask for it by name" in plan.refused
     assert plan.tiles and all(f"tiles      {line}" in plan.explain() for line in plan.tiles)
-    assert cumoe.plan(100, 64, 32, 8, 2, dtype="float32", device="cuda:0", backend="tf32").kernel == "tf32"
+    named = cumoe.plan(100, 64, 32, 8, 2, dtype="float32", device="cuda:0", backend="tf32")
+    assert named.kernel == "tf32"
+    assert "fma: can run, tf32 was asked for" in named.refused
+    assert not any(reason.startswith("tf32") for reason in named.refused)
+    last = cp.cuda.runtime.getDeviceCount() - 1
+    with pytest.raises(ValueError, match=rf"^device must be one of {last + 1} here, got 'cuda:{last + 1}'$"):
+        cumoe.plan(1, 64, 32, 8, 2, device=f"cuda:{last + 1}")
+    cumoe.plan(1, 64, 32, 8, 2, device=f"cuda:{last}")
+    assert cp.cuda.runtime.getDevice() == 0
     needed = [cumoe.plan(t, 64, 32, 8, 2, device="cuda").workspace_bytes for t in range(2000)]
     assert needed == sorted(needed)  # a workspace for many tokens does for fewer
     assert needed[0] == 0
@@ -162,6 +170,11 @@ def test_kernels_of_the_cpu_by_name():
     assert out.tobytes() == run(problem, backend="portable").tobytes()
     assert cumoe.fused_experts(x, prepared, None, weights, ids, backend="portable").tobytes() == out.tobytes()
     assert cumoe.plan(20, 40, 24, 3, 2, dtype="float32", backend="portable").kernel == "portable"
+    best = cumoe.plan(20, 40, 24, 3, 2, dtype="float32")
+    by_name = cumoe.plan(20, 40, 24, 3, 2, dtype="float32", backend="portable").refused
+    assert set(best.refused) <= set(by_name)
+    assert (f"{best.kernel}: can run, portable was asked for" in by_name) == (best.kernel != "portable")
+    assert cumoe.plan(20, 40, 24, 3, 2, dtype="float32", backend=best.kernel).refused == best.refused
     a, offsets = problem.hidden_states, np.array([0, 5, 5, 20])
     expected = cumoe.grouped_gemm(a, problem.w1, offsets).astype(np.float64)
     np.testing.assert_allclose(cumoe.grouped_gemm(a, problem.w1, offsets, backend="portable"), expected, atol=1e-5)
