@@ -1,7 +1,9 @@
 """Clock, power, arrays and ceilings of the GPU suite, over a stand-in for CuPy."""
 
+import gc
 import re
 import sys
+import weakref
 
 import fake_cupy
 import numpy as np
@@ -33,12 +35,23 @@ def test_every_replay_is_timed_alone_over_a_cold_cache(cupy):
     assert stopwatch.stream.depth == 0
 
 
-def test_a_graph_is_captured_after_two_calls_and_keeps_what_it_writes(cupy):
-    seen = []
+def test_a_graph_is_captured_after_two_calls_and_keeps_what_it_needs(cupy):
+    seen, workspace = [], np.zeros(4)
+    alive = weakref.ref(workspace)
+
+    def call(memory=workspace):
+        seen.append(stopwatch.stream.capturing)
+        return seen
+
     with gpu_timing.Stopwatch() as stopwatch:
-        graph = stopwatch.capture(lambda: seen.append(stopwatch.stream.capturing) or seen)
+        graph = stopwatch.capture(call)
     assert seen == [False, False, True]
-    assert graph._kept is seen
+    del workspace, call
+    gc.collect()
+    assert alive() is not None and graph._kept[1] is seen
+    del graph
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_error_under_capture_ends_the_capture(cupy):

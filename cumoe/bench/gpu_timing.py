@@ -94,7 +94,7 @@ class Stopwatch:
             with contextlib.suppress(Exception):  # the first error is the one to hear of
                 self.stream.end_capture()
             raise
-        return _Graph(self.stream.end_capture(), self.stream, kept)
+        return _Graph(self.stream.end_capture(), self.stream, (call, kept))
 
     def burst(self, replay: Replay, repeats: int = REPEATS, idle_s: float = 0.0, flush: bool = True) -> Timing:
         """Time `repeats` replays after a warm-up and a pause of `idle_s`."""
@@ -138,7 +138,7 @@ class Stopwatch:
 
 
 class _Graph:
-    """A captured graph that keeps alive what it writes to."""
+    """A captured graph that keeps alive what it reads and writes: what its call refers to, and what that returned."""
 
     def __init__(self, graph: Any, stream: Any, kept: Any) -> None:
         self._graph, self._stream, self._kept = graph, stream, kept
