@@ -42,11 +42,11 @@ def copy_rows(
 ):
     """Copy the row that each item names."""
     keep_small()
-    let_next_start()
     step = np.int64(1) << lanes
     unit = np.int64(cuda.threadIdx.x & (step - 1))
     item = np.int64(cuda.blockIdx.x) * (cuda.blockDim.x >> lanes) + (cuda.threadIdx.x >> lanes)
     wait_for_previous()
+    let_next_start()
     if item >= num_items:
         return
     place = np.int64(index[item])

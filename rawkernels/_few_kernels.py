@@ -63,9 +63,9 @@ def sort_few(
 ):
     """Sort the pairs."""
     keep_small()
-    let_next_start()
     thread, lane = cuda.threadIdx.x, cuda.threadIdx.x & 31
     wait_for_previous()
+    let_next_start()
     expert = bin_of(lane, ids, first_expert, expert_map, num_global, num_pairs, num_local)
     bound = expert if thread < WARP else np.int64(thread - WARP)
     before, first = np.int64(0), np.int64(0)

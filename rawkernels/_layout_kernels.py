@@ -74,8 +74,8 @@ def pad_rows(
 ):
     """Rows of each expert from a multiple of `alignment` on; `inv_permuted_idx` of skipped pairs stays."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     row = first_index()
     while row < num_rows:
         keep_rolled()
@@ -112,8 +112,8 @@ def pad_blocks(
 ):
     """Blocks of pairs; `labels` (E,) rename the experts of the blocks if there are any."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     used = np.int64(schedule[0])
     slot = first_index()
     if slot == 0:
@@ -155,8 +155,8 @@ def pad_shelves(
 ):
     """Blocks of the used slots of shelves; a row of a tile is a slot here."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     used = np.int64(schedule[0])
     slot = first_index()
     if slot == 0:
@@ -191,8 +191,8 @@ def shelve_pairs(
 ):
     """The slot of each pair, and the used slots of each expert."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     pair = first_index()
     while pair < num_pairs:
         keep_rolled()
@@ -216,8 +216,8 @@ def count_tokens(
 ):
     """Add the pairs of each expert to `expert_num_tokens`, which must hold zeros."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     lane = cuda.threadIdx.x & 31
     base = first_index() - lane
     while base < num_pairs:  # whole warps
@@ -232,8 +232,8 @@ def count_tokens(
 def name_experts(ids: Ids, expert_map: Int32s, expert_ids: Int32s, num_pairs: Int32, num_local: Int32):
     """``expert_ids[pair]`` = the expert of a pair, -1 if it is skipped."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     pair = first_index()
     while pair < num_pairs:
         keep_rolled()

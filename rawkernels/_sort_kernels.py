@@ -78,7 +78,6 @@ def count_pairs(
 ):
     """``counts[block, e]`` = pairs of bin e among the `per_block` pairs of a block; (blocks, E + 1)."""
     keep_small()
-    let_next_start()
     thread, lane, bins = cuda.threadIdx.x, cuda.threadIdx.x & 31, num_local + 1
     found = pointer(cuda.shared.array(0, np.int32))
     e = np.int64(thread)
@@ -88,6 +87,7 @@ def count_pairs(
         e += cuda.blockDim.x
     cuda.syncthreads()
     wait_for_previous()
+    let_next_start()
     begin = np.int64(cuda.blockIdx.x) * per_block
     end = min(begin + per_block, num_pairs)
     base = begin + thread - lane
@@ -186,7 +186,6 @@ def sort_pairs(
 ):
     """Sort the pairs; with several blocks `counts` holds what count_pairs found for blocks of the same pairs."""
     keep_small()
-    let_next_start()
     thread, lane, warp = cuda.threadIdx.x, cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     bins = np.int64(num_local) + 1
     sums = pointer(cuda.shared.array(0, np.int64))  # (32,)
@@ -207,6 +206,7 @@ def sort_pairs(
         cuda.syncthreads()
     sync_warp()
     wait_for_previous()
+    let_next_start()
 
     begin = (np.int64(cuda.blockIdx.x) * sorters + warp) * per_warp
     end = min(begin + per_warp, np.int64(num_pairs)) if warp < sorters else begin

@@ -86,9 +86,9 @@ def write_tiles(schedule, expert, row, count, tile, tiles, block_rows, even):
 def list_tiles(counts: Counts, schedule: Int32s, num_local: Int32, block_rows: Int32, even: Int32, capacity: Int32):
     """Write the list from the offsets or the counts of the experts."""
     keep_small()
-    let_next_start()
     sums = pointer(cuda.shared.array(32, np.int64))
     wait_for_previous()
+    let_next_start()
     reached, base = np.int64(0), np.int64(0)
     while base <= num_local:
         keep_rolled()

@@ -43,8 +43,8 @@ def take_digits(
 ):
     """The digit of each row's expert, -1 for a pair that is skipped and for a row without one."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     row = first_index()
     while row < num_pairs:
         keep_rolled()
@@ -57,8 +57,8 @@ def take_digits(
 def follow(order: Int32s, permuted_idx: Int32s, new_order: Int32s, num_pairs: Int32):
     """``new_order[r] = order[permuted_idx[r]]``."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     row = first_index()
     while row < num_pairs:
         keep_rolled()
@@ -83,8 +83,8 @@ def finish(
 ):
     """Offsets by binary search; the row of each pair, -1 for a pair that is skipped."""
     keep_small()
-    let_next_start()
     wait_for_previous()
+    let_next_start()
     i = first_index()
     while i < num_pairs:
         keep_rolled()

@@ -215,6 +215,10 @@ def _wait_for_previous():
     _here.waited = True
 
 
+def _let_next_start():
+    assert _here.waited, "let_next_start before wait_for_previous"
+
+
 def _sync_warp():
     _meet(None)
     _here.warp_epoch += 1
@@ -273,7 +277,7 @@ def _device():
         Units="UNIT",
         keep_small=lambda: None,
         keep_rolled=lambda: None,
-        let_next_start=lambda: None,
+        let_next_start=_let_next_start,
         wait_for_previous=_wait_for_previous,
         sync_warp=_sync_warp,
         pointer=lambda array: array,

@@ -202,6 +202,7 @@ def test_the_simulator_runs_a_right_kernel(simulated):
     [
         ("x[64 * cuda.blockIdx.x + i] = 1", "before wait_for_previous"),
         ("pass", "ends before wait_for_previous"),
+        ("let_next_start(); wait_for_previous()", "let_next_start before wait_for_previous"),
         ("wait_for_previous(); x[128]", "128 of 128"),
         ("wait_for_previous(); x[i - 1]", "-1 of 128"),
         ("wait_for_previous(); x[0] = 1", "race for one element"),
