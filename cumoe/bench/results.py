@@ -15,8 +15,12 @@ from typing import Any, TextIO
 Row = dict[str, Any]
 
 
-def header(suite: str, commit: str = "") -> dict[str, str]:
-    """Facts that a reader needs beside the numbers; `commit` is for copies that are no checkout."""
+def header(suite: str, commit: str = "", on_gpu: bool | None = None) -> dict[str, str]:
+    """
+    Facts that a reader needs beside the numbers; `commit` is for copies that are no checkout.
+
+    They are those of the GPU or of the CPU; None goes by the name of the suite.
+    """
     from cumoe import _info
 
     facts = {
@@ -25,7 +29,7 @@ def header(suite: str, commit: str = "") -> dict[str, str]:
         "commit": _info.git_commit() or commit or "not a checkout",
         "command": shlex.join(["cumoe", *map(_without_folders, sys.argv[1:])]),
     }
-    if suite == "gpu":
+    if suite == "gpu" if on_gpu is None else on_gpu:
         facts |= {"gpu " + name: value for name, value in _info.gpus().items()}
         facts["cpu model"] = _info.cpu_model()
     else:
@@ -43,7 +47,7 @@ def _without_folders(word: str) -> str:
 
 def default_path(folder: Path, facts: Mapping[str, str]) -> Path:
     """`folder`/suite-device-date.csv."""
-    device = facts["gpu device 0"].partition(",")[0] if facts["suite"] == "gpu" else facts["cpu model"]
+    device = facts.get("gpu device 0", facts["cpu model"]).partition(",")[0]
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     return folder / f"{facts['suite']}-{slug}-{re.sub(r'[-:]', '', facts['date'])}.csv"
 
