@@ -41,16 +41,17 @@ struct Tile {
 };
 
 // Column blocks are the outer loop within TILES_TOGETHER tiles, so that CTAs that run together share weights. The
-// number of tiles is read beside the tile, not before it: that would cost a trip to memory.
+// number of tiles is read beside the tile, not before it: that would cost a trip to memory. Both are read around the L1
+// cache: a CTA that has not waited yet must not find the list of an earlier call there.
 __device__ __forceinline__ Tile find_tile(const Problem& p)
 {
     const int together = TILES_TOGETHER * p.column_blocks, group = blockIdx.x / together;
     const int within = blockIdx.x - group * together,
               height = min(TILES_TOGETHER, p.most_tiles - group * TILES_TOGETHER);
     const int block = within / height, index = group * TILES_TOGETHER + within - block * height;
-    const int4 entry = p.schedule[1 + index / p.parts]; // beyond the last tile: anything
+    const int4 entry = __ldcg(p.schedule + 1 + index / p.parts); // beyond the last tile: anything
     const int skipped = index % p.parts * BLOCK_ROWS;
-    const int rows = index / p.parts < p.schedule[0].x ? entry.z - skipped : 0;
+    const int rows = index / p.parts < __ldcg(&p.schedule[0].x) ? entry.z - skipped : 0;
     return {entry.x, entry.y + skipped, max(0, min(BLOCK_ROWS, rows)), block * TILE_OUTPUTS};
 }
 

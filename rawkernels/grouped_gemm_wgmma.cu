@@ -70,18 +70,26 @@ struct Tiles {
     int blocks, together, count;
     int4 own; // of the first unit, if `together` is 1: no need to know the count before it is read
 
+    // A thread that has not waited yet reads around the L1 cache, which may hold the list of an earlier call.
+    template <bool WAITED>
+    __device__ __forceinline__ int4 entry(int i) const
+    {
+        return WAITED ? list[i] : __ldcg(list + i);
+    }
+    template <bool WAITED = true>
     __device__ __forceinline__ void open()
     {
-        own = list[1 + blockIdx.x / blocks]; // the grid has no more CTAs than the list has room for
-        count = list[0].x;
+        own = entry<WAITED>(1 + blockIdx.x / blocks); // the grid has no more CTAs than the list has room for
+        count = entry<WAITED>(0).x;
     }
     __device__ __forceinline__ int units() const { return count * blocks; }
+    template <bool WAITED = true>
     __device__ __forceinline__ Unit at(int unit) const
     {
         const int whole = together * blocks, group = unit / whole, within = unit - group * whole;
         const int height = together == 1 ? 1 : min(together, count - group * together), block = within / height;
         const bool first = together == 1 && unit == blockIdx.x;
-        const int4 tile = first ? own : list[1 + group * together + within - block * height];
+        const int4 tile = first ? own : entry<WAITED>(1 + group * together + within - block * height);
         return {tile.x, tile.y, tile.z, block};
     }
 };
