@@ -18,7 +18,7 @@ def choose_kernel(
     """
     Return the name of the kernel, or raise with the names of those that could run and why this one cannot.
 
-    `aligned` says that rows begin at multiples of 16 bytes, `scaled` that router weights go on the tokens
+    `aligned` says that rows ascend and begin at multiples of 16 bytes, `scaled` that router weights go on the tokens
     first, `packed_for` for which kernel the weights are packed already.
     """
     pack = _arrays.room(xp, "pack")
@@ -52,9 +52,9 @@ def refusals(
 
 
 def rows_are_aligned(*arrays: _arrays.Array) -> bool:
-    """Whether all rows of CuPy arrays, whose elements are neighbours, begin at multiples of 16 bytes."""
+    """Whether all rows of CuPy arrays, whose elements are neighbours, ascend and begin at multiples of 16 bytes."""
     for array in arrays:
         steps = [step for step, extent in zip(array.strides[:-1], array.shape[:-1], strict=True) if extent > 1]
-        if any(number % 16 for number in (array.data.ptr, *steps)):
+        if any(number % 16 or number < 0 for number in (array.data.ptr, *steps)):
             return False
     return True

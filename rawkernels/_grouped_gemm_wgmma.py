@@ -7,12 +7,13 @@ import numpy as np
 
 from cumoe.rawkernels import _load, _tensor_maps
 
-_BLOCK_K = 64
+_BLOCK_K = _tensor_maps.BLOCK_K
 _CTA_BYTES = 227 << 10  # shared memory of one CTA
 _PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
 _MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
 _FEW_ROWS = 32  # of a tile, up to which several CTAs share a multiprocessor
 _SMALL_MATRIX = 1 << 22  # weights of an expert's second product: below, halves of an expert fit smaller tiles better
+_MOST_GATHERED = 2**32 * 8  # elements of the rows that are gathered, counted by eights in 32 bits
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
@@ -106,6 +107,8 @@ def launch(
         return
     tile = _TILES[block_rows]
     gathered, limited = top_k > 0, bool(activation) and limit != math.inf
+    if gathered and x.size > _MOST_GATHERED:
+        raise NotImplementedError(f"no kernel for tokens of {x.size} elements; wgmma: at most {_MOST_GATHERED}")
     constants = _constants(tile, dtype, activation, gathered, bias.size > 0, output_scale.size > 0, limited)
     gated = bool(constants["GATED"])
 

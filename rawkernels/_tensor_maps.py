@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-_BLOCK_K = 64  # elements of two bytes: the 128 bytes of the swizzle
+BLOCK_K = 64  # elements of two bytes: the 128 bytes of the swizzle; twin of the one in grouped_gemm_wgmma.cu
 
 
 def weights_map(address, shape, strides, gated, interleaved, rows):
@@ -21,6 +21,8 @@ def weights_map(address, shape, strides, gated, interleaved, rows):
     """
     num_experts, n, k = shape
     expert, row = strides
+    if num_experts == 1:
+        expert = n * row  # nobody takes it, and what the array has there may be no stride of a map
     if not gated:
         sides, blocks = 1, n // 8
         steps = row, row, 8 * row
@@ -30,13 +32,13 @@ def weights_map(address, shape, strides, gated, interleaved, rows):
     else:
         sides, blocks = 2, n // 16
         steps = row, n // 2 * row, 8 * row
-    box = _BLOCK_K, 8, sides, rows // (8 * sides), 1
+    box = BLOCK_K, 8, sides, rows // (8 * sides), 1
     return _encode(address, (k, 8, sides, blocks, num_experts), (*steps, expert), box)
 
 
 def rows_map(address, num_rows, width, box_rows):
     """Map of contiguous rows (num_rows, width) of two bytes whose box is (`box_rows`, 64)."""
-    return _encode(address, (width, num_rows), (2 * width,), (_BLOCK_K, box_rows))
+    return _encode(address, (width, num_rows), (2 * width,), (BLOCK_K, box_rows))
 
 
 @functools.lru_cache(maxsize=4096)

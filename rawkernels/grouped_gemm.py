@@ -3,6 +3,8 @@
 from cumoe.rawkernels import _grouped_gemm_mma as mma
 from cumoe.rawkernels import _grouped_gemm_wgmma as wgmma
 
+_MOST_ROWS = 2**31 - 1  # rows are int32 in a schedule
+
 
 def grouped_gemm(
     x,
@@ -30,6 +32,8 @@ def grouped_gemm(
     The twin of the CPU's, with tiles of the schedule in place of offsets. Rows in place with a `permuted_idx`
     are the second product of a layer, whose schedule is older than its first product.
     """
+    if len(out) > _MOST_ROWS:
+        raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
     ahead = top_k == 0 and permuted_idx.size > 0
     if kernel == "wgmma":
         wgmma.launch(

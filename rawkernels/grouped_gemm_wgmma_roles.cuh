@@ -8,9 +8,9 @@ __device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* w
 {
     int unit = blockIdx.x, primed = 0;
     if (ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
-        tiles.open();
+        tiles.open<false>();
         if (unit < tiles.units()) {
-            const Unit u = tiles.at(unit);
+            const Unit u = tiles.at<false>(unit);
             Ring first = ring;
             for (primed = 0; primed < min(ring.stages, k_blocks); ++primed, first.next()) {
                 barrier_arrive_expecting(first.full(), STAGE);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* 
                 copy_weights(first.buffer(), weights_map, first.full(), k * BLOCK_K, block, u.expert);
             }
         }
-        uint32 start[COPIES]; // in chunks; T * H < 2**35 elements
+        uint32 start[COPIES]; // in chunks: T * H <= 2**35, as the launcher makes sure
         int needed = 0;
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {

@@ -47,7 +47,7 @@ __device__ __forceinline__ void warpgroup_sync(int id) { asm volatile("bar.sync 
 
 // ---- copies ----
 
-// A box of a weight tensor as five axes: K, and the four that put its rows in tile order (tensor_maps.py).
+// A box of a weight tensor as five axes: K, and the four that put its rows in tile order (_tensor_maps.py).
 __device__ __forceinline__ void copy_weights(uint32 to, const TensorMap* map, uint32 barrier, int k, int block,
                                              int expert)
 {

@@ -20,8 +20,8 @@ def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
     """
     Why `kernel` cannot multiply weights of `dtype`; None if it can.
 
-    `aligned` says that every row of tokens, weights and results begins at a multiple of 16 bytes, `scaled`
-    that the router weights go on the tokens before the first product.
+    `aligned` says that the rows of tokens, weights and results ascend and begin at multiples of 16 bytes,
+    `scaled` that the router weights go on the tokens before the first product.
     """
     if kernel in ("wgmma", "mma") and dtype not in _NARROW:
         return f"{kernel}: multiplies 16-bit numbers only, the weights are {dtype}"
@@ -34,7 +34,7 @@ def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
     if hidden_size % 8 or intermediate_size % 8:
         return f"wgmma: the sizes of the matrices must be multiples of 8, got {hidden_size} and {intermediate_size}"
     if not aligned:
-        return "wgmma: rows must begin at multiples of 16 bytes"
+        return "wgmma: rows must ascend and begin at multiples of 16 bytes"
     if scaled:
         return "wgmma: reads the tokens as they are, router weights go on them first"
     return None

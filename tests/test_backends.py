@@ -1,5 +1,7 @@
 """The kernels by name: each one that a side has, against the float64 law; those that it has not are told why."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from strategies import GATED, UNGATED, make_problem, problems
 from test_moe import assert_within, law, quant_config, run
 
 import cumoe
-from cumoe import _arrays
+from cumoe import _arrays, _kernel_choice
 from cumoe.reference.rounding import TF32_UNIT
 
 # name -> dtypes, and what sizes must be a multiple of
@@ -122,7 +124,7 @@ def test_what_hoppers_kernel_cannot_read_another_one_does(dtype):
     memory[1:] = arrays[0].view(np.uint16).reshape(-1)
     moved = memory[1:].reshape(9, 64).view(problem.w1.dtype)
     with pytest.raises(
-        NotImplementedError, match=r"\(wgmma: rows must begin at multiples of 16 bytes\); available: mma$"
+        NotImplementedError, match=r"\(wgmma: rows must ascend and begin at multiples of 16 bytes\); available: mma$"
     ):
         cumoe.fused_experts(moved, *arrays[1:], backend="wgmma")
     prepared = cumoe.prepare(*arrays[1:3])
@@ -133,10 +135,32 @@ def test_what_hoppers_kernel_cannot_read_another_one_does(dtype):
         assert_within(on_input.get(), law(problem, apply_router_weight_on_input=True))
     with pytest.raises(NotImplementedError, match="reads the tokens as they are"):
         cumoe.fused_experts(*arrays, backend="wgmma", apply_router_weight_on_input=True)
+    backwards = [array[::-1].copy()[::-1] for array in arrays[1:3]]
+    assert cumoe.prepare(*backwards).kernel == "wgmma"  # in order, in its copy
+    assert cumoe.fused_experts(arrays[0], *backwards, *arrays[3:]).tobytes() == (
+        cumoe.fused_experts(*arrays, backend="mma").tobytes()
+    )
     odd = cumoe.plan(9, 63, 48, 3, 2, dtype=dtype, device="cuda")
     assert odd.kernel == "mma"
     assert odd.refused == ("wgmma: the sizes of the matrices must be multiples of 8, got 63 and 48",)
     assert cumoe.plan(9, 64, 48, 3, 2, dtype=dtype, device="cuda").refused == ()
+
+
+@pytest.mark.parametrize(
+    ("start", "shape", "strides", "aligned"),
+    [
+        (512, (3, 4, 8), (64, 16, 2), True),
+        (512, (3, 4, 8), (0, 16, 2), True),
+        (512, (1, 4, 8), (-2, 16, 2), True),  # there is no second one
+        (512, (3, 4, 8), (-64, 16, 2), False),
+        (512, (3, 4, 8), (64, -16, 2), False),
+        (512, (3, 4, 8), (72, 16, 2), False),
+        (520, (3, 4, 8), (64, 16, 2), False),
+    ],
+)
+def test_rows_that_a_tensor_map_can_tell(start, shape, strides, aligned):
+    array = SimpleNamespace(data=SimpleNamespace(ptr=start), shape=shape, strides=strides)
+    assert _kernel_choice.rows_are_aligned(array) == aligned
 
 
 def test_a_plan_of_the_gpu():
