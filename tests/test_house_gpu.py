@@ -51,6 +51,17 @@ def test_a_cuda_source_keeps_the_rules(path):
         assert (GPU / header).exists(), header
 
 
+def starts_early(text):
+    """Functions that let the next kernel start before they wait for the one before (overlap.cuh)."""
+    parts = [part.partition("let_next_start();") for part in re.split(r"^}", code_of(text), flags=re.MULTILINE)]
+    return [before.strip() for before, told, _ in parts if told and "wait_for_previous();" not in before]
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=name_of)
+def test_a_kernel_waits_before_it_lets_the_next_one_start(path):
+    assert starts_early(path.read_text()) == []
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=name_of)
 def test_a_kernel_file_opens_with_what_it_does(path):
     comment = re.match(r"(?:(?://.*)?\n)*", path.read_text())[0]
@@ -133,6 +144,9 @@ def test_the_checks_see_what_they_must():
     bad = ["#include <cuda.h>", '#include "../x.cuh"', "#define F(x) x", "__global__ void f();", "x = __expf(y);"]
     assert [len(faults(line)) for line in bad] == [1] * len(bad)
     assert faults("/* a\nb */\nprintf();") == ["3: not on the device"]
+    waits = "void f()\n{\n    wait_for_previous();\n    let_next_start();\n}\n"
+    assert starts_early(waits) == []
+    assert starts_early(waits + "void g()\n{\n    let_next_start();\n    wait_for_previous();\n}\n") == ["void g()\n{"]
     assert len(CALLED) >= 20
     assert ("route", "fused_topk") in CALLED
     assert ("permute", "sort_by_expert") in CALLED
