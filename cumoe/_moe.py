@@ -195,7 +195,8 @@ def fused_moe(
     use_grouped_topk, num_expert_group, topk_group
         Grouped routing, see `grouped_topk`.
     custom_routing_function : callable, optional
-        ``f(hidden_states, router_logits, top_k, renormalize) -> (topk_weights, topk_ids)``.
+        ``f(hidden_states, router_logits, top_k, renormalize) -> (topk_weights, topk_ids)``. With a `workspace` on
+        the GPU, CuPy arrays that it makes lie there: it must not keep them for later calls.
     scoring_func : str, default "softmax"
         See `fused_topk`.
     e_score_correction_bias : (E,) array, optional

@@ -1,5 +1,7 @@
 """Scratch in memory of the caller's: the same bits wherever it lies, nothing read unwritten, clear refusals."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,6 +113,38 @@ def test_pieces_are_aligned_and_apart(xp):
     assert first % 256 == last % 256 == 0 and last >= first + 60
     with pytest.raises(ValueError, match=r"^workspace must have at least \d+ bytes, got 4997; see plan"):
         space.take((4000,), np.uint8)
+
+
+def test_the_allocator_is_lent_to_one_thread_for_a_while():
+    """Calls may lie in each other and may fail; other threads, and what comes after, allocate as ever. No GPU."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+    def space(address):  # never touched
+        memory = cupy.cuda.UnownedMemory(address, 4096, None, 0)
+        array = cupy.ndarray((4096,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+        return _workspace.Workspace(cupy, array)
+
+    def address():
+        return cupy.cuda.alloc(10).ptr
+
+    usual, seen, first, second = cupy.cuda.get_allocator(), [], space(1 << 20), space(1 << 21)
+
+    def elsewhere():
+        seen.append(cupy.cuda.get_allocator())
+        with second.lent():
+            seen.append(address())
+
+    with first.lent():
+        assert [address(), address()] == [1 << 20, (1 << 20) + 256]
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        with pytest.raises(ValueError, match=r"^workspace must have at least \d+ bytes, got 4096"), second.lent():
+            assert address() == (1 << 21) + 256
+            cupy.cuda.alloc(4000)
+        assert cupy.empty((3, 5), np.int32).data.ptr == (1 << 20) + 512
+    assert seen == [usual, 1 << 21]
+    assert cupy.cuda.get_allocator() == usual
 
 
 def test_fewer_tokens_never_need_more():
