@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cumoe.rawkernels import _load
+from cumoe.rawkernels._grouped_gemm_wgmma import mean_rows
 
 _FILES = {"mma": "grouped_gemm_mma.cu", "tf32": "grouped_gemm_mma.cu", "fma": "grouped_gemm_fma.cu"}
 _HEIGHTS = (16, 32, 64, 128)  # rows of a tile
@@ -40,10 +41,8 @@ class Tile(NamedTuple):
 
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
     """Rows of a tile of the schedule for both products of a call."""
-    if num_pairs == 0:
-        return _HEIGHTS[0]
-    # of an expert that has any rows, if they fall evenly; two standard deviations more, so that one tile does for most
-    mean = num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts))
+    mean = mean_rows(num_pairs, num_experts)
+    # two standard deviations more, so that one tile does for most
     return next((height for height in _HEIGHTS if mean + 2 * math.sqrt(mean) <= height), _HEIGHTS[-1])
 
 
@@ -53,7 +52,6 @@ def launch(
     top_k,
     input_scale,
     weights,
-    expert_first_token_offset,
     bias,
     output_scale,
     activation,
@@ -66,7 +64,7 @@ def launch(
     schedule,
     block_rows,
     out,
-    ahead=False,
+    ahead,
 ):
     """
     Run the product with `kernel` "mma", "fma" or "tf32"; the other arguments are those of `grouped_gemm`.

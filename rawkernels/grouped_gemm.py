@@ -30,7 +30,8 @@ def grouped_gemm(
     ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
 
     The twin of the CPU's, with tiles of the schedule in place of offsets. Rows in place with a `permuted_idx`
-    are the second product of a layer, whose schedule is older than its first product.
+    are the second product of a layer, which reads the schedule while the kernel before it still runs: that must
+    not be the one that writes it, but the first product, say.
     """
     if len(out) > _MOST_ROWS:
         raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
@@ -61,7 +62,6 @@ def grouped_gemm(
         top_k,
         input_scale,
         weights,
-        expert_first_token_offset,
         bias,
         output_scale,
         activation,
