@@ -41,6 +41,8 @@ def present_architectures() -> list[str]:
         from cumoe.rawkernels import _load
 
         found = {_load.architecture(number) for number in range(cupy.cuda.runtime.getDeviceCount())}
+    except NotImplementedError:  # a GPU too old for every kernel says so itself
+        raise
     except Exception:  # CuPy raises its own kinds, and ImportError when a CUDA library is missing
         found = set()
     if not found:

@@ -41,7 +41,8 @@ def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
 
 
 def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled):
-    """Name of the fastest kernel here that adds exact products."""
+    """Name of the fastest kernel here that adds exact products; raises where none runs."""
+    _load.architecture()
     sizes = dtype, hidden_size, intermediate_size, aligned, scaled
     return next(kernel for kernel in _EXACT if refusal(kernel, *sizes) is None)
 

@@ -12,6 +12,7 @@ from test_moe import assert_within, law, quant_config, run
 
 import cumoe
 from cumoe import _arrays, _kernel_choice
+from cumoe.rawkernels import _load, pack
 from cumoe.reference.rounding import TF32_UNIT
 
 # name -> dtypes, and what sizes must be a multiple of
@@ -230,6 +231,16 @@ def test_a_kernel_that_cannot_run_is_refused():
             cumoe.fused_experts(x, best, None, weights, ids, backend="portable")
         with pytest.raises(ValueError, match=f"^out must have kernel = '{best.kernel}', got 'portable'$"):
             cumoe.prepare(w1, w2, out=prepared, backend=best.kernel)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_gpu_that_is_too_old_has_no_kernel(monkeypatch, dtype):
+    monkeypatch.setattr(_load, "capability", lambda device=None: 75)
+    message = r"^the kernels need compute capability 8\.0, the device has 7\.5$"
+    with pytest.raises(NotImplementedError, match=message):
+        pack.best_kernel(dtype, 64, 64, True, False)
+    with pytest.raises(NotImplementedError, match=message):
+        pack.refused_kernels(dtype, 64, 64, True, False)
 
 
 def test_verify_knows_tf32():

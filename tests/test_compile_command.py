@@ -2,13 +2,14 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed (extra `compile`)")
 
 from cumoe import _compile_command, cli
-from cumoe.rawkernels import _cache, _compile, _variants
+from cumoe.rawkernels import _cache, _compile, _load, _variants
 
 KERNEL = 'extern "C" __global__ void scale(X *x) { x[threadIdx.x] = x[threadIdx.x] * FACTOR; }\n'
 KINDS = {"float32": "float", "float16": "unsigned short"}
@@ -146,6 +147,14 @@ def test_the_architectures_of_this_machine():
         pytest.skip("no CUDA device")
     found = _compile_command.present_architectures()
     assert [re.fullmatch(r"sm_\d+a?", arch) is not None for arch in found] == [True] * len(found)
+
+
+def test_a_gpu_that_is_too_old_says_so(monkeypatch, capsys):
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(_load, "capability", lambda device=None: 75)
+    assert cli.main(["compile"]) == 2
+    assert capsys.readouterr().err == "cumoe compile: the kernels need compute capability 8.0, the device has 7.5\n"
 
 
 def test_real_kernels_are_built_in_parallel(tmp_path, monkeypatch, capsys):
