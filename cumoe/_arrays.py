@@ -127,7 +127,11 @@ def _current_cupy(places: dict[str, str]) -> ModuleType:
     cupy = sys.modules["cupy"]
     current = f"cuda:{cupy.cuda.runtime.getDevice()}"
     if current not in places.values():
-        raise ValueError(f"arguments must be on the current device {current}, got {_listed(places)}")
+        number = next(iter(places.values())).partition(":")[2]
+        raise ValueError(
+            f"arguments must be on the current device {current}, got {_listed(places)}; "
+            f"set it by cupy.cuda.Device({number})"
+        )
     return cupy
 
 

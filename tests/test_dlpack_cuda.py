@@ -143,7 +143,9 @@ def test_arrays_of_another_device_are_refused(monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 5)
     with pytest.raises(ValueError) as caught:
         _arrays.enter(x=array)
-    assert str(caught.value) == "arguments must be on the current device cuda:5, got x: cuda:0"
+    assert str(caught.value) == (
+        "arguments must be on the current device cuda:5, got x: cuda:0; set it by cupy.cuda.Device(0)"
+    )
     with pytest.raises(ValueError) as caught:
         _arrays.enter(x=tensor)
     assert str(caught.value) == (
