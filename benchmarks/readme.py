@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cumoe.bench import gpu_tables, results
+from cumoe.bench import gpu_ceilings, gpu_tables, results
 
 Item = TypeVar("Item")
 
@@ -83,12 +83,14 @@ def cpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
 
 def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str:
     """Markdown of one result file of the GPU suite: every case and contender, and the single operations."""
+    floor = gpu_ceilings.RECORDED["bfloat16"]
     ceilings = [f"{name} {value}" for name, value in facts.items() if " ceiling " in name]
     lines = [
         f"{facts['gpu device 0']}, driver {facts.get('gpu driver', facts['gpu CUDA'])}, {facts['date'][:10]}, commit "
         f"{facts['commit']}. cumoe {facts['version cumoe']}, CuPy {facts['version cupy']}, torch "
         f"{facts['version torch']}. The whole expert computation from given weights and ids: {facts['protocol']}. "
-        '"Of floor" is by the recorded ceilings of this GPU (4.22 TB/s, 795 TFLOP/s), "same run" by those of the run '
+        f'"Of floor" is by the recorded ceilings of this GPU ({floor.read / 1e12:.2f} TB/s, {floor.product / 1e12:.0f} '
+        'TFLOP/s), "same run" by those of the run '
         f'({"; ".join(ceilings) or "not measured"}). "Under load": all methods in turn until the clock has settled, '
         "with the fraction of the sustained ceilings. A ratio is the other method's time over cumoe's: above 1 cumoe "
         'is ahead; "recorded" is the best other method of `cumoe/bench/gpu_recorded.py`. '
