@@ -53,7 +53,7 @@ def topk_from_dense(router_weights: Array, top_k: int, *, indices_dtype: str = "
     _check.ndim("router_weights", dense, "(T, E)", 2)
     _check.dtype("router_weights", dense, arguments.FLOATS)
     num_tokens, num_experts = dense.shape
-    _check.integer("router_weights.shape[1]", num_experts, 1)
+    _check.integer("router_weights.shape[1]", num_experts, 1, 2**31 - 1)
     top_k = _check.integer("top_k", top_k, 1, num_experts)
     topk_weights, topk_ids = arguments.empty(side, num_tokens, top_k, indices_dtype)
     _arrays.room(side.xp, "dense_route").topk_from_dense(
@@ -108,7 +108,7 @@ def dense_from_topk(topk_weights: Array, topk_ids: Array, num_experts: int) -> A
     _check.dtype("topk_ids", ids, arguments.INTEGERS)
     _check.shape("topk_weights", weights, "(T, k)", tuple(ids.shape))
     _check.dtype("topk_weights", weights, arguments.FLOATS)
-    num_experts = _check.integer("num_experts", num_experts, 1)
+    num_experts = _check.integer("num_experts", num_experts, 1, 2**31 - 1)
     out = side.xp.empty((ids.shape[0], num_experts), "float32")
     _arrays.room(side.xp, "dense_route").dense_from_topk(
         _arrays.bits(weights), arguments.signed(_arrays.bits(ids)), weights.dtype.name, out

@@ -75,7 +75,7 @@ def zero_experts(
     _check.shape("topk_ids", ids, "(T, k)", (x.shape[0], ids.shape[1]))
     _check.shape("topk_weights", weights, "(T, k)", tuple(ids.shape))
     _check.dtype("topk_weights", weights, ("float32",))
-    num_experts = _check.integer("num_experts", num_experts, 1)
+    num_experts = _check.integer("num_experts", num_experts, 1, 2**31 - 1)
     masked_id = _check.integer("masked_id", masked_id, -1, num_experts - 1)
     _check.choice("zero_expert_type", zero_expert_type, ZERO_EXPERT_TYPES)
     xp = side.xp
