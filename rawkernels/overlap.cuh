@@ -4,7 +4,8 @@
 //   - every block calls wait_for_previous() before it ends, and every thread before it reads what the predecessor
 //     wrote and before it writes anything;
 //   - a thread calls let_next_start() only after its own wait_for_previous().
-// So when kernel n + 1 starts, kernel n - 1 has ended and its writes can be read without waiting.
+// So when kernel n + 1 starts, kernel n - 1 has ended and its writes can be read without waiting: around the L1 cache
+// (__ldcg), in which nothing promises that older lines are gone.
 
 __device__ __forceinline__ void wait_for_previous()
 {
