@@ -83,6 +83,7 @@ def launch(
     x,
     permuted_idx,
     top_k,
+    input_scale,
     weights,
     bias,
     output_scale,
@@ -92,13 +93,14 @@ def launch(
     beta,
     limit,
     dtype,
+    kernel,
     schedule,
     block_rows,
     out,
     ahead,
 ):
     """
-    Run the product; the arguments are those of `grouped_gemm`.
+    Run the product; the arguments are those of `grouped_gemm`, with an empty `input_scale` and `kernel` "wgmma".
 
     With `ahead`, the schedule is older than the kernel that runs before this one: weights are loaded meanwhile.
     """

@@ -36,27 +36,8 @@ def grouped_gemm(
     if len(out) > _MOST_ROWS:
         raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
     ahead = top_k == 0 and permuted_idx.size > 0
-    if kernel == "wgmma":
-        wgmma.launch(
-            x,
-            permuted_idx,
-            top_k,
-            weights,
-            bias,
-            output_scale,
-            activation,
-            interleaved,
-            alpha,
-            beta,
-            limit,
-            dtype,
-            schedule,
-            block_rows,
-            out,
-            ahead,
-        )
-        return
-    mma.launch(
+    launch = wgmma.launch if kernel == "wgmma" else mma.launch
+    launch(
         x,
         permuted_idx,
         top_k,

@@ -136,6 +136,11 @@ def test_what_the_front_desk_calls_is_on_both_sides(room, function):
     assert cpu[function] == gpu[function]
 
 
+def test_both_launchers_of_the_products_take_what_the_room_hands_on():
+    wgmma, mma = (signatures((GPU / f"_grouped_gemm_{name}.py").read_text())["launch"] for name in ("wgmma", "mma"))
+    assert wgmma == mma
+
+
 # -- the checks themselves --------------------------------------------------------------------------
 
 
