@@ -12,8 +12,9 @@ _CTA_BYTES = 227 << 10  # shared memory of one CTA
 _PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
 _MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
 _FEW_ROWS = 32  # of a tile, up to which several CTAs share a multiprocessor
-_SMALL_MATRIX = 1 << 22  # weights of an expert's second product: below, halves of an expert fit smaller tiles better
+_SMALL_MATRIX = 1 << 22  # weights of an expert's second product: up to here the deeper ring of a smaller tile pays
 _MOST_GATHERED = 2**32 * 8  # elements of the rows that are gathered, counted by eights in 32 bits
+_KEPT_BYTES = 20 << 20  # of the rows that are gathered, which L2 keeps although weights stream by
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
@@ -31,19 +32,15 @@ class Tile(NamedTuple):
         return 64 * self.m_blocks * self.groups
 
     @property
-    def staged(self):
-        """Tokens that leave through shared memory at a time; twin of STAGED_TOKENS."""
-        return self.tokens if self.tokens <= 56 else next(n for n in (64, 56, 48, 32) if self.tokens % n == 0)
-
-    @property
     def stage_bytes(self):
         """One buffer of the ring, with its two barriers."""
         return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
 
-    def fixed_bytes(self, gated):
-        """Shared memory beside the ring: alignment, results on their way out, scales."""
-        outputs = (32 if gated else 64) * self.m_blocks
-        return 1024 + self.groups * (self.staged * outputs * 2 + self.tokens * 4)
+    def fixed_bytes(self, gated, gathered, scaled):
+        """Shared memory beside the ring: results on their way out, what is announced of two units."""
+        staged = 16 if self.tokens % 16 == 0 else 8  # tokens of a warp at a time
+        staging = 4 * self.groups * staged * (8 if gated else 16) * self.m_blocks * 2
+        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled)
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
@@ -54,7 +51,7 @@ _TILES = {
         Tile(8, 1, 1, 3),
         Tile(16, 1, 2, 2),
         Tile(32, 1, 2, 2),
-        *(Tile(tokens, 2, 2, 1) for tokens in (96, 112, 144, 160, 192)),
+        *(Tile(tokens, 2, 2, 1) for tokens in (96, 112, 144, 160, 176, 192)),
     )
 }
 
@@ -65,18 +62,17 @@ def mean_rows(num_pairs, num_experts):
 
 
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size):
-    """Rows of a tile: the least that covers nearly every expert, or nearly every half; else the largest."""
+    """Rows of a tile: the least that covers nearly every expert, or nearly every half; else one of the largest."""
     mean = mean_rows(num_pairs, num_experts)
     most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
     if most <= _FEW_ROWS:
         return next((rows for rows in _TILES if rows >= most), _FEW_ROWS)
     most = mean + 2 * math.sqrt(mean)
-    small = hidden_size * intermediate_size <= _SMALL_MATRIX
-    for parts in (1, 2) if small else (1,):
+    for parts in (1, 2):
         for rows in _TILES:
             if _FEW_ROWS < rows and most <= rows * parts:
                 return rows
-    return max(_TILES)
+    return 176 if hidden_size * intermediate_size <= _SMALL_MATRIX else max(_TILES)
 
 
 def launch(
@@ -113,6 +109,7 @@ def launch(
         raise NotImplementedError(f"no kernel for tokens of {x.size} elements; wgmma: at most {_MOST_GATHERED}")
     constants = _constants(tile, dtype, activation, gathered, bias.size > 0, output_scale.size > 0, limited)
     gated = bool(constants["GATED"])
+    fixed_bytes = tile.fixed_bytes(gated, gathered, output_scale.size > 0)
 
     blocks = -(-n // tile.weights)
     full = min(rows, num_experts)  # experts that may have a tile, and the tiles beyond the first of each
@@ -120,7 +117,7 @@ def launch(
     processors = _load.multiprocessors(x.device.id)
     grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
     ctas = 1 if grid <= processors else tile.ctas
-    ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - tile.fixed_bytes(gated)
+    ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - fixed_bytes
     stages = ring_bytes // tile.stage_bytes
     if grid == units:  # no further unit will fill the ring
         stages = min(stages, max(2, -(-k // _BLOCK_K)))
@@ -146,10 +143,11 @@ def launch(
         stages,
         together,
         int(ahead and not gathered),
+        np.float32(min(1.0, _KEPT_BYTES / (2 * x.size))),
         np.float32(alpha),
         np.float32(beta),
         np.float32(limit),
-        shared=tile.fixed_bytes(gated) + stages * tile.stage_bytes,
+        shared=fixed_bytes + stages * tile.stage_bytes,
         overlap=True,
     )
 

@@ -3,12 +3,14 @@
 //   out[r] = activation(((x[source(r)] @ weights[expert of r].T) + bias) * output_scale)
 //
 // Shapes     x (rows, K) X, weights (E, N, K) X through a tensor map, out (R, OUTPUTS) X; N = 2 * OUTPUTS if GATED
-// Work       unit = (tile of `schedule`, block of weight rows); a CTA takes units blockIdx.x, + gridDim.x, ...
-//            warps 0-3 load: weights by the bulk tensor copy engine, rows likewise or (GATHERED) 16 bytes a thread;
-//            each further warpgroup multiplies; a ring of `stages` buffers, 64 of K each, lies between them
+// Work       unit = (tile of `schedule`, block of weight rows). A CTA takes unit blockIdx.x, then whichever is next: warp
+//            1 draws it and announces it; warp 0 loads weights by the bulk tensor copy engine, and rows likewise, or
+//            (GATHERED) warps 2 and 3 load them, 16 bytes a thread; each further warpgroup multiplies; a ring of
+//            `stages` buffers, 64 of K each, lies between them
 // Operands   weights are on the side of wgmma that counts 64 rows a step, tokens on the other: a tile with fewer
 //            than COLUMNS tokens runs with a smaller N. The tensor map has put 8 gate rows before the 8 up rows of
-//            the same outputs, so that one thread holds both.
+//            the same outputs, so that one thread holds both. Two M_BLOCKS take every other 8 rows, so that a warp
+//            holds 32 neighbours.
 // Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
 // Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
 //            GATHERED: rows by permuted_idx; GROUPS warpgroups of M_BLOCKS x 64 weight rows, COLUMNS tokens;
@@ -42,6 +44,7 @@ constexpr int BLOCK_K = 64;                     // 128 bytes, the width of the s
 constexpr int WEIGHTS = 64 * M_BLOCKS * GROUPS; // rows of a tile
 constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
 constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
+constexpr int GATHERING = 64;                                               // threads
 
 // The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
 __device__ constexpr int smaller(int n)
@@ -60,7 +63,7 @@ struct Problem {
 };
 
 struct Unit {
-    int expert, row, left, block; // `left` rows from `row` on; block of weight rows
+    int expert, row, left, block; // `left` rows from `row` on, 0: there is no further unit; block of weight rows
 };
 
 // The tile list of permute.py: {count, ...}, then {expert, first row, rows, 0} each. `together` tiles share each block
@@ -109,50 +112,86 @@ struct Ring {
     }
 };
 
+// What warp 1 tells the others of a unit, which is the CTA's n-th: two places, for the unit in work and the one to come.
+struct Announced {
+    uint32 barriers, units, rows, scales;
+
+    __device__ __forceinline__ explicit Announced(uint32 base) : barriers(base), units(base + 64), rows(base + 96)
+    {
+        scales = rows + (GATHERED ? 2 * COLUMNS * 4 : 0);
+    }
+    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED);
+
+    __device__ __forceinline__ uint32 told(int n) const { return barriers + n % 2 * 8; }          // the unit is there
+    __device__ __forceinline__ uint32 detailed(int n) const { return barriers + 16 + n % 2 * 8; } // rows and scales too
+    __device__ __forceinline__ uint32 free(int n) const { return barriers + 32 + n % 2 * 8; }
+    __device__ __forceinline__ uint32 wanted() const { return barriers + 48; } // warp 0 will soon need the next
+    __device__ __forceinline__ uint32 parity(int n) const { return n / 2 % 2; }
+    __device__ __forceinline__ uint32 rows_of(int n) const { return rows + n % 2 * COLUMNS * 4; }
+    __device__ __forceinline__ uint32 scales_of(int n) const { return scales + n % 2 * COLUMNS * 4; }
+
+    __device__ __forceinline__ void init() const
+    {
+        for (int n = 0; n < 2; ++n) {
+            barrier_init(told(n), 1);
+            barrier_init(detailed(n), 1);
+            barrier_init(free(n), 1 + (GATHERED ? GATHERING / 32 : 0) + GROUPS * 4);
+        }
+        barrier_init(wanted(), 1);
+    }
+    __device__ __forceinline__ Unit wait(int n) const
+    {
+        barrier_wait(told(n), parity(n));
+        const uint4 u = load_chunk(units + n % 2 * 16);
+        return {(int)u.x, (int)u.y, (int)u.z, (int)u.w};
+    }
+};
+
 #include "grouped_gemm_wgmma_store.cuh"
 #include "grouped_gemm_wgmma_roles.cuh"
 
 extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void grouped_gemm(
-    const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, const int4* schedule,
+    const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, int4* schedule,
     const int* permuted_idx, const uint8* x, const float* bias, const float* output_scale, X* out, int blocks, int K,
-    int outputs, int interleaved, int top_k, int stages, int together, int ahead, float alpha, float beta, float limit)
+    int outputs, int interleaved, int top_k, int stages, int together, int ahead, float kept, float alpha, float beta,
+    float limit)
 {
-    extern __shared__ uint8 shared[];
-    const uint32 base = (shared_address(shared) + 1023) & ~1023u;
-    const uint32 staging = base + stages * STAGE;
-    const uint32 barriers = staging + GROUPS * STAGING;
-    const uint32 scales = barriers + 2 * stages * 8;
+    extern __shared__ __align__(1024) uint8 shared[]; // the swizzle counts from multiples of 1024
+    const uint32 base = shared_address(shared), staging = base + stages * STAGE;
+    const uint32 barriers = staging + GROUPS * 4 * STAGING;
+    const Announced announced(barriers + 2 * stages * 8);
     if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) {
-            barrier_init(barriers + s * 8, GATHERED ? 1 + 128 : 1);
+            barrier_init(barriers + s * 8, GATHERED ? 1 + GATHERING : 1);
             barrier_init(barriers + (stages + s) * 8, GROUPS * 4);
         }
+        announced.init();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         fetch_descriptor(&weights_map);
         if (!GATHERED) fetch_descriptor(&rows_map);
     }
     __syncthreads();
 
-    const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
-    Tiles tiles{schedule, blocks, together};
+    const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const Tiles tiles{schedule, blocks, together};
+    const Problem problem{permuted_idx, out, bias, output_scale, outputs, interleaved, alpha, beta, limit};
     Ring ring{base, barriers, stages, 0, 0};
-    if (threadIdx.x < 128) {
+    if (warp < 4) {
 #if PRODUCER_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
 #endif
         ring.parity = 1;
-        if (GATHERED)
-            gather(tiles, ring, &weights_map, permuted_idx, x, K, k_blocks, top_k);
-        else if (threadIdx.x == 0)
-            fetch(tiles, ring, &weights_map, &rows_map, k_blocks, ahead);
+        if (warp == 1)
+            announce(tiles, announced, problem, (uint32*)schedule + 1, K / 8, top_k);
+        else if (warp == 0 && threadIdx.x == 0)
+            fetch(tiles, announced, ring, &weights_map, &rows_map, k_blocks, ahead);
+        else if (GATHERED && warp > 1)
+            gather(announced, ring, x, k_blocks, K / 8, kept);
         return;
     }
 #if CONSUMER_REGISTERS
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
     wait_for_previous();
-    tiles.open();
-    const Problem problem{permuted_idx, out, bias, output_scale, outputs, interleaved, alpha, beta, limit};
-    const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
-    consume(tiles, ring, problem, staging + group * STAGING, scales + group * SCALE_BYTES, k_blocks, group);
+    consume(announced, ring, problem, staging + (warp - 4) * STAGING, k_blocks, warp / 4 - 1);
 }

@@ -1,88 +1,124 @@
 // grouped_gemm_wgmma_roles.cuh: what the warps of grouped_gemm_wgmma.cu do. Included by that file only.
 
-// ---- loading ----
+// ---- scheduling ----
 
-// One thread: weights and rows by the copy engine. Rows past the expert's end are another expert's: never stored.
-__device__ __forceinline__ void fetch(Tiles tiles, Ring ring, const TensorMap* weights_map, const TensorMap* rows_map,
-                                      int k_blocks, int ahead)
+// One warp: which units this CTA does, the rows and scales of each. The first is unit blockIdx.x. The others are drawn
+// when they are needed, so that neighbours in the list run at the same time and find each other's operands in L2, and
+// no CTA is left with more work than the others. The counter wraps to zero with the last draw: of all CTAs that have
+// a unit at all, each draws once for each further unit and once in vain, which are as many draws as units.
+__device__ __forceinline__ void announce(Tiles tiles, const Announced& announced, const Problem& p, uint32* drawn,
+                                         int row_chunks, int top_k)
 {
-    int unit = blockIdx.x, primed = 0;
-    if (ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
-        tiles.open<false>();
-        if (unit < tiles.units()) {
-            const Unit u = tiles.at<false>(unit);
-            Ring first = ring;
-            for (primed = 0; primed < min(ring.stages, k_blocks); ++primed, first.next()) {
-                barrier_arrive_expecting(first.full(), STAGE);
-                copy_weights(first.buffer(), weights_map, first.full(), primed * BLOCK_K,
-                             u.block * (WEIGHTS / (GATED ? 16 : 8)), u.expert);
-            }
-        }
-    }
+    constexpr int DETAILS = (COLUMNS + 31) / 32;
+    const int lane = threadIdx.x % 32;
     wait_for_previous();
-    let_next_start();
+    if (lane == 0) let_next_start();
     tiles.open();
-    for (; unit < tiles.units(); unit += gridDim.x, primed = 0) {
-        const Unit u = tiles.at(unit);
-        for (int k = 0; k < k_blocks; ++k, ring.next()) {
-            if (k >= primed) {
-                barrier_wait(ring.empty(), ring.parity);
-                barrier_arrive_expecting(ring.full(), STAGE);
-                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K,
-                             u.block * (WEIGHTS / (GATED ? 16 : 8)), u.expert);
+    const int units = tiles.units();
+    int unit = blockIdx.x;
+    for (int n = 0;; ++n) {
+        const Unit u = unit < units ? tiles.at(unit) : Unit{0, 0, 0, 0};
+        barrier_wait(announced.free(n), announced.parity(n) ^ 1);
+        if (lane == 0) {
+            store_chunk(announced.units + n % 2 * 16, u.expert, u.row, u.left, u.block);
+            barrier_arrive(announced.told(n));
+        }
+        if (u.left == 0) return;
+        if (GATHERED || SCALED) {
+            int pair[DETAILS];
+#pragma unroll
+            for (int i = 0; i < DETAILS; ++i) {
+                const int row = u.row + min(lane + i * 32, u.left - 1);
+                pair[i] = p.permuted_idx ? p.permuted_idx[row] : row;
             }
-            copy_rows(ring.buffer() + TOKENS_AT, rows_map, ring.full(), k * BLOCK_K, u.row);
+#pragma unroll
+            for (int i = 0; i < DETAILS; ++i) {
+                const int at = (lane + i * 32) * 4;
+                if (lane + i * 32 >= COLUMNS) break;
+                if (GATHERED) store_shared(announced.rows_of(n) + at, (uint32)(pair[i] / top_k) * (uint32)row_chunks);
+                if (SCALED) store_shared(announced.scales_of(n) + at, __float_as_uint(p.output_scale[pair[i]]));
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(announced.detailed(n));
+        }
+        if (units > gridDim.x) {
+            barrier_wait(announced.wanted(), n & 1);
+            if (lane == 0) unit = gridDim.x + atomicInc(drawn, units - 1);
+            unit = __shfl_sync(~0u, unit, 0);
+        } else {
+            unit = units;
         }
     }
 }
 
-// 128 threads: rows by index, 16 bytes a copy; thread t has chunk t % 8 of rows t / 8, + 16, ...
-__device__ __forceinline__ void gather(Tiles tiles, Ring ring, const TensorMap* weights_map, const int* permuted_idx,
-                                       const uint8* x, int K, int k_blocks, int top_k)
+// ---- loading ----
+
+// One thread: weights, and unless GATHERED the rows, by the copy engine. Rows past the expert's end are another
+// expert's: never stored.
+__device__ __forceinline__ void fetch(Tiles tiles, const Announced& announced, Ring ring, const TensorMap* weights_map,
+                                      const TensorMap* rows_map, int k_blocks, int ahead)
 {
-    constexpr int STRIDE = 16, COPIES = (COLUMNS + STRIDE - 1) / STRIDE;
-    const int thread = threadIdx.x, first_row = thread / 8, chunk = thread % 8;
-    const uint32 place = TOKENS_AT + first_row * 128 + ((chunk ^ (first_row & 7)) << 4);
-    const int row_chunks = K / 8;
-    wait_for_previous();
-    if (thread == 0) let_next_start();
-    tiles.open();
+    constexpr int BYTES = GATHERED ? WEIGHTS * 128 : STAGE, BLOCK = WEIGHTS / (GATED ? 16 : 8);
+    constexpr int EARLY = 6; // k blocks: the next unit is asked for as late as its answer allows
     int primed = 0;
-    for (int unit = blockIdx.x; unit < tiles.units(); unit += gridDim.x) {
-        const Unit u = tiles.at(unit);
-        const int block = u.block * (WEIGHTS / (GATED ? 16 : 8));
-        if (unit == blockIdx.x) { // the first weights set out before the indices are known
-            primed = min(ring.stages, k_blocks);
+    if (!GATHERED && ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
+        tiles.open<false>();
+        if (blockIdx.x < tiles.units()) {
+            const Unit u = tiles.at<false>(blockIdx.x);
             Ring first = ring;
-            for (int k = 0; k < primed && thread == 0; ++k, first.next()) {
-                barrier_arrive_expecting(first.full(), WEIGHTS * 128);
-                copy_weights(first.buffer(), weights_map, first.full(), k * BLOCK_K, block, u.expert);
+            for (primed = 0; primed < min(ring.stages, k_blocks); ++primed, first.next()) {
+                barrier_arrive_expecting(first.full(), BYTES);
+                copy_weights(first.buffer(), weights_map, first.full(), primed * BLOCK_K, u.block * BLOCK, u.expert);
             }
         }
-        uint32 start[COPIES]; // in chunks: T * H <= 2**35, as the launcher makes sure
-        int needed = 0;
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int r = first_row + STRIDE * i;
-            const int pair = permuted_idx[u.row + min(r, u.left - 1)];
-            start[i] = (uint32)(pair / top_k) * (uint32)row_chunks + chunk;
-            if (r < u.left) needed = i + 1; // what else the tile multiplies is never stored
+    }
+    if (!GATHERED) wait_for_previous();
+    for (int n = 0;; ++n, primed = 0) {
+        const Unit u = announced.wait(n);
+        barrier_arrive(announced.free(n));
+        if (u.left == 0) return;
+        for (int k = 0; k < k_blocks; ++k, ring.next()) {
+            if (k == max(0, k_blocks - EARLY)) barrier_arrive(announced.wanted());
+            if (k >= primed) {
+                barrier_wait(ring.empty(), ring.parity);
+                barrier_arrive_expecting(ring.full(), BYTES);
+                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K, u.block * BLOCK, u.expert);
+            }
+            if (!GATHERED) copy_rows(ring.buffer() + TOKENS_AT, rows_map, ring.full(), k * BLOCK_K, u.row);
         }
+    }
+}
+
+// 64 threads: rows by index, 16 bytes a copy; thread t has chunk t % 8 of rows t / 8, + 8, ...
+__device__ __forceinline__ void gather(const Announced& announced, Ring ring, const uint8* x, int k_blocks,
+                                       int row_chunks, float kept)
+{
+    constexpr int STRIDE = GATHERING / 8, COPIES = COLUMNS / STRIDE;
+    const int thread = threadIdx.x % GATHERING, first_row = thread / 8, chunk = thread % 8;
+    const uint32 place = TOKENS_AT + first_row * 128 + ((chunk ^ first_row) << 4);
+    const uint64 policy = keep_in_l2(kept);
+    wait_for_previous();
+    for (int n = 0;; ++n) {
+        const Unit u = announced.wait(n);
+        if (u.left == 0) return;
+        barrier_wait(announced.detailed(n), announced.parity(n));
+        uint32 start[COPIES]; // in chunks: T * H <= 2**35, as the launcher makes sure
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i)
+            start[i] = load_word(announced.rows_of(n) + (first_row + STRIDE * i) * 4) + chunk;
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(announced.free(n));
+        const int needed = (u.left - first_row + STRIDE - 1) / STRIDE; // what else the tile multiplies is never stored
         for (int k = 0; k < k_blocks; ++k, ring.next()) {
             barrier_wait(ring.empty(), ring.parity);
-            if (thread == 0 && k >= primed) {
-                barrier_arrive_expecting(ring.full(), WEIGHTS * 128);
-                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K, block, u.expert);
-            }
             const int bytes = k * 8 + chunk < row_chunks ? 16 : 0; // K may end within the block
 #pragma unroll
             for (int i = 0; i < COPIES; ++i)
                 if (i < needed)
                     copy_chunk(ring.buffer() + place + i * STRIDE * 128,
-                               x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16, bytes);
+                               x + ((uint64)start[i] + (bytes ? k * 8 : 0)) * 16, bytes, policy);
             barrier_arrive_after_copies(ring.full());
         }
-        primed = 0;
     }
 }
 
@@ -94,17 +130,19 @@ __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring
 {
     const bool first_lane = threadIdx.x % 32 == 0;
     const uint64 rows = group * M_BLOCKS * 512; // descriptors count 16 bytes
+    constexpr uint64 block = 1024 >> 4;         // of M_BLOCKS: from its first 8 rows to those of the next
     uint32 previous = 0;
     for (int k = 0; k < k_blocks; ++k) {
         barrier_wait(ring.full(), ring.parity);
         if (GATHERED) shared_writes_visible();
-        const uint64 m = matrix_descriptor(ring.buffer()) + rows, n = matrix_descriptor(ring.buffer() + TOKENS_AT);
+        const uint64 m = matrix_descriptor(ring.buffer(), M_BLOCKS) + rows;
+        const uint64 n = matrix_descriptor(ring.buffer() + TOKENS_AT);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int step = 0; step < BLOCK_K / 16; ++step)
 #pragma unroll
             for (int i = 0; i < M_BLOCKS; ++i)
-                Wgmma<N>::multiply(d[i], m + i * 512 + step * 2, n + step * 2, k > 0 || step > 0);
+                Wgmma<N>::multiply(d[i], m + i * block + step * 2, n + step * 2, k > 0 || step > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (k > 0 && first_lane) barrier_arrive(previous);
@@ -125,15 +163,19 @@ __device__ __forceinline__ void multiply_tokens(int tokens, float (&d)[M_BLOCKS]
     multiply<N>(d, ring, k_blocks, group);
 }
 
-// One warpgroup: multiply and store all units of this CTA.
-__device__ __forceinline__ void consume(Tiles tiles, Ring ring, const Problem& p, uint32 staging, uint32 scales,
+// A warp of a warpgroup: multiply and store all units of this CTA.
+__device__ __forceinline__ void consume(const Announced& announced, Ring ring, const Problem& p, uint32 staging,
                                         int k_blocks, int group)
 {
-    for (int at = blockIdx.x; at < tiles.units(); at += gridDim.x) {
-        const Unit unit = tiles.at(at);
-        const Extras extras = load_extras(p, unit, group); // on its way while the products run
+    for (int n = 0;; ++n) {
+        const Unit unit = announced.wait(n);
+        if (unit.left == 0) return;
+        const Biases biases = load_biases(p, unit, group); // on their way while the products run
         float d[M_BLOCKS][COLUMNS / 2];
         multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
-        store_tile(d, p, extras, unit, staging, scales, group);
+        if (SCALED) barrier_wait(announced.detailed(n), announced.parity(n));
+        store_tile(d, p, biases, unit, staging, announced.scales_of(n), group);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(announced.free(n));
     }
 }

@@ -2,8 +2,10 @@
 // grouped_gemm_wgmma.cu only.
 //
 // Of an m64nN product, thread l of warp w holds d[4i], d[4i+1]: row 16w + l/4, columns 8i + 2(l%4) + {0, 1}, and
-// d[4i+2], d[4i+3]: the same columns of row + 8. The bits are first put in order in shared memory (stmatrix), then
-// leave in 16-byte pieces: 128 bytes of a row at once.
+// d[4i+2], d[4i+3]: the same columns of row + 8. One M block: 8 gate rows, then their 8 up rows (or 16 outputs). Two:
+// block 0 has the first 8 of each 16 rows, block 1 the others; so a warp holds 32 neighbours, gates in block 0 and ups
+// in block 1. It puts their bits in order in its own part of shared memory (stmatrix); from there they leave in
+// 16-byte pieces, 16 to 64 bytes of a token at once, and no warp waits for another.
 
 // ---- arithmetic ----
 
@@ -19,18 +21,13 @@ __device__ __forceinline__ float bias_at(const Problem& p, int expert, int row, 
     return BIASED && column < p.outputs ? p.bias[expert * width + row] : 0.0f;
 }
 
-__device__ __forceinline__ float scale_at(const Problem& p, int row)
+// (sum + bias) * scale of the sums of two tokens, rounded: two h in one register.
+__device__ __forceinline__ uint32 rounded_pair(const float* sum, float bias, float scale0, float scale1)
 {
-    return SCALED ? p.output_scale[p.permuted_idx ? p.permuted_idx[row] : row] : 1.0f;
-}
-
-// (sum + bias) * scale of two sums, rounded: two h in one register.
-__device__ __forceinline__ uint32 rounded_pair(float sum0, float sum1, float bias0, float bias1, float scale0,
-                                               float scale1)
-{
-    if (BIASED) sum0 += bias0, sum1 += bias1;
-    if (SCALED) sum0 *= scale0, sum1 *= scale1;
-    return store_pair<X>(sum0, sum1);
+    float x = sum[0], y = sum[1];
+    if (BIASED) x += bias, y += bias;
+    if (SCALED) x *= scale0, y *= scale1;
+    return store_pair<X>(x, y);
 }
 
 // Two outputs in one register, from two pairs of h (without a gate: from one).
@@ -47,90 +44,104 @@ __device__ __forceinline__ uint32 activated_pair(const Problem& p, uint32 gate, 
 
 // ---- storing ----
 
-// Tokens stored at a time; twin of Tile.staged.
-constexpr int STAGED_TOKENS = COLUMNS <= 56       ? COLUMNS
-                              : COLUMNS % 64 == 0 ? 64
-                              : COLUMNS % 56 == 0 ? 56
-                              : COLUMNS % 48 == 0 ? 48
-                                                  : 32;
-constexpr int GROUP_OUTPUTS = (GATED ? 32 : 64) * M_BLOCKS;
-constexpr int STAGING = STAGED_TOKENS * GROUP_OUTPUTS * 2; // bytes of a warpgroup
-constexpr int CHUNKS = GROUP_OUTPUTS / 8;                  // 16-byte pieces of a staged token
-constexpr int SCALE_BYTES = COLUMNS * 4;
-
-struct Extras {
-    float bias[M_BLOCKS][2];
-    float scale[(COLUMNS + 127) / 128]; // of tokens thread, thread + 128
-};
+constexpr int WARP_OUTPUTS = (GATED ? 8 : 16) * M_BLOCKS;
+constexpr int CHUNKS = WARP_OUTPUTS / 8;               // 16-byte pieces of a token
+constexpr int EIGHTS = COLUMNS % 16 == 0 ? 2 : 1;      // times eight tokens are stored at a time
+constexpr int STAGING = EIGHTS * 8 * WARP_OUTPUTS * 2; // bytes of a warp
 
 __device__ __forceinline__ int first_output(const Unit& unit, int group)
 {
-    return unit.block * TILE_OUTPUTS + group * GROUP_OUTPUTS;
+    return unit.block * TILE_OUTPUTS + (group * 4 + threadIdx.x % 128 / 32) * WARP_OUTPUTS;
 }
 
-__device__ __forceinline__ Extras load_extras(const Problem& p, const Unit& unit, int group)
+struct Biases {
+    float gate[CHUNKS], up[CHUNKS]; // of the output that this lane holds of each eight; without a gate: `gate`
+};
+
+__device__ __forceinline__ Biases load_biases(const Problem& p, const Unit& unit, int group)
 {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    Extras e;
+    Biases b;
 #pragma unroll
-    for (int i = 0; i < M_BLOCKS; ++i) {
-        const int column = first_output(unit, group) + i * (GATED ? 32 : 64) + warp * (GATED ? 8 : 16) + lane / 4;
-        e.bias[i][0] = bias_at(p, unit.expert, GATED ? gate_row(p, column) : column, column);
-        e.bias[i][1] = GATED ? bias_at(p, unit.expert, up_row(p, column), column)
-                             : bias_at(p, unit.expert, column + 8, column + 8);
+    for (int c = 0; c < CHUNKS; ++c) {
+        const int column = first_output(unit, group) + c * 8 + threadIdx.x % 32 / 4;
+        b.gate[c] = bias_at(p, unit.expert, GATED ? gate_row(p, column) : column, column);
+        b.up[c] = GATED ? bias_at(p, unit.expert, up_row(p, column), column) : 0.0f;
     }
-    for (int i = 0; i < (COLUMNS + 127) / 128; ++i)
-        e.scale[i] = scale_at(p, unit.row + min((int)threadIdx.x % 128 + i * 128, unit.left - 1));
-    return e;
+    return b;
 }
 
-// Where chunk `chunk` of staged token `token` lies; neighbours in a column of chunks fall into different banks.
+// Sums of eight tokens from `column` on: the gates of the `c`-th eight outputs of this warp, and their ups.
+__device__ __forceinline__ const float* gates(const float (&d)[M_BLOCKS][COLUMNS / 2], int c, int column)
+{
+    return GATED ? &d[0][column / 2 + c * 2] : &d[c % M_BLOCKS][column / 2 + c / M_BLOCKS * 2];
+}
+__device__ __forceinline__ const float* ups(const float (&d)[M_BLOCKS][COLUMNS / 2], int c, int column)
+{
+    return &d[M_BLOCKS - 1][column / 2 + (M_BLOCKS == 1 ? 2 : c * 2)];
+}
+
+// Where chunk `chunk` of staged token `token` lies: eight neighbours in a column of chunks fall into different banks.
 __device__ __forceinline__ uint32 staged(int token, int chunk)
 {
-    constexpr int SPREAD = CHUNKS >= 8 ? 8 : CHUNKS;
-    const int turn = SPREAD == 8 ? token & 7 : (token * CHUNKS / 8) & (SPREAD - 1);
-    return token * (GROUP_OUTPUTS * 2) + ((chunk ^ turn) << 4);
+    return token * (WARP_OUTPUTS * 2) + ((chunk ^ (token * CHUNKS / 8 & CHUNKS - 1)) << 4);
 }
 
-__device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Extras& e,
+// What is read back of some tokens leaves while the next are worked out.
+__device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Biases& b,
                                            const Unit& unit, uint32 staging, uint32 scales, int group)
 {
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const int column0 = first_output(unit, group);
-    if (SCALED)
-        for (int i = 0; i < (COLUMNS + 127) / 128; ++i)
-            if (thread + i * 128 < COLUMNS) store_shared(scales + (thread + i * 128) * 4, e.scale[i]);
+    constexpr int STEP = EIGHTS * 8, EIGHT = 8 * WARP_OUTPUTS * 2; // tokens, and bytes of eight of them
+    const int lane = threadIdx.x % 32, token = min(lane / CHUNKS, 7), chunk = lane % CHUNKS; // this lane's piece
+    const uint32 to = staging + staged(lane % 8, lane / 8 % CHUNKS), from = staging + staged(token, chunk);
+    const int column = first_output(unit, group) + chunk * 8;
+    const int left = column < p.outputs && lane < 8 * CHUNKS ? unit.left - token : 0;
+    const int64 eight = (int64)8 * p.outputs;
+    X* out = p.out + (int64)(unit.row + token) * p.outputs + column;
+    uint4 piece[EIGHTS];
+    float scale[EIGHTS][2];
+    const auto load_scales = [&](int first) {
 #pragma unroll
-    for (int part = 0; part < COLUMNS / STAGED_TOKENS; ++part) {
-        const int token0 = part * STAGED_TOKENS;
-        if (token0 >= unit.left) break;
-        warpgroup_sync(1 + group); // the staging area is free, the scales are there
+        for (int e = 0; e < EIGHTS; ++e)
+            if (SCALED)
+                load_shared(scales + (first + e * 8) * 4 + lane % 4 * 8, scale[e][0], scale[e][1]);
+            else
+                scale[e][0] = scale[e][1] = 1.0f;
+    };
+    const auto leave = [&](int first) { // those from token `first` on
 #pragma unroll
-        for (int i = 0; i < STAGED_TOKENS / 8; ++i) {
-            const int g = part * (STAGED_TOKENS / 8) + i, token = i * 8 + lane % 8;
-            float s0 = 1.0f, s1 = 1.0f;
-            if (SCALED) load_shared(scales + (g * 8 + lane % 4 * 2) * 4, s0, s1);
+        for (int e = 0; e < EIGHTS; ++e, out += eight)
+            if (first + e * 8 < left) store_global(out, piece[e]);
+    };
+    load_scales(0);
+    int done = 0;
 #pragma unroll
-            for (int m = 0; m < M_BLOCKS; ++m) {
-                const float* sum = &d[m][g * 4];
-                const float b0 = e.bias[m][0], b1 = e.bias[m][1];
-                const uint32 low = rounded_pair(sum[0], sum[1], b0, b0, s0, s1);
-                const uint32 high = rounded_pair(sum[2], sum[3], b1, b1, s0, s1);
-                if (GATED)
-                    store_transposed(staging + staged(token, m * 4 + warp), activated_pair(p, low, high));
-                else
-                    store_transposed(staging + staged(token, m * 8 + warp * 2 + lane / 8 % 2),
-                                     activated_pair(p, low, low), activated_pair(p, high, high));
+    for (int i = 0; i < COLUMNS; i += STEP) {
+        if (i >= unit.left) break;
+        uint32 bits[EIGHTS][CHUNKS];
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                const float s0 = scale[e][0], s1 = scale[e][1];
+                const uint32 gate = rounded_pair(gates(d, c, i + e * 8), b.gate[c], s0, s1);
+                bits[e][c] =
+                    activated_pair(p, gate, GATED ? rounded_pair(ups(d, c, i + e * 8), b.up[c], s0, s1) : gate);
             }
-        }
-        warpgroup_sync(1 + group);
+        if (i > 0) leave(i - STEP);
+        __syncwarp(); // all have read what was there
 #pragma unroll
-        for (int i = 0; i < (STAGED_TOKENS * CHUNKS + 127) / 128; ++i) {
-            const int piece = thread + i * 128, token = piece / CHUNKS, chunk = piece % CHUNKS;
-            const int column = column0 + chunk * 8;
-            if (piece < STAGED_TOKENS * CHUNKS && token0 + token < unit.left && column < p.outputs)
-                *(uint4*)(p.out + (int64)(unit.row + token0 + token) * p.outputs + column) =
-                    load_chunk(staging + staged(token, chunk));
-        }
+        for (int e = 0; e < EIGHTS; ++e)
+            if constexpr (CHUNKS == 4)
+                store_transposed(to + e * EIGHT, bits[e][0], bits[e][1], bits[e][2], bits[e][3]);
+            else if constexpr (CHUNKS == 2)
+                store_transposed(to + e * EIGHT, bits[e][0], bits[e][1]);
+            else
+                store_transposed(to + e * EIGHT, bits[e][0]);
+        if (i + STEP < COLUMNS) load_scales(i + STEP);
+        __syncwarp();
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e) piece[e] = load_chunk(from + e * EIGHT);
+        done = i;
     }
+    leave(done);
 }

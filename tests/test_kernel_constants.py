@@ -45,20 +45,21 @@ def constant_of(file, name):
     raise KeyError(name)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tile", _grouped_gemm_wgmma._TILES.values(), ids=lambda tile: str(tile.tokens))
-def test_tiles_of_hoppers_kernel(tile, gated):
-    constants = _grouped_gemm_wgmma._constants(tile, "bfloat16", "silu" if gated else "", gathered=gated)
+def test_tiles_of_hoppers_kernel(tile, gated, scaled):
+    activation, gathered = "silu" if gated else "", gated
+    constants = _grouped_gemm_wgmma._constants(tile, "bfloat16", activation, gathered, scaled=scaled)
     assert constants["GATED"] == gated
-    barriers = 16  # of a stage; 1024 bytes are for the alignment
+    barriers = 16  # of a stage
     check(
         "grouped_gemm_wgmma.cu",
         constants,
         BLOCK_K=_tensor_maps.BLOCK_K,
         WEIGHTS=tile.weights,
-        STAGED_TOKENS=tile.staged,
         STAGE=tile.stage_bytes - barriers,
-        **{"GROUPS * (STAGING + SCALE_BYTES)": tile.fixed_bytes(gated) - 1024},
+        **{"GROUPS * 4 * STAGING + Announced::BYTES": tile.fixed_bytes(gated, gathered, scaled)},
     )
 
 
