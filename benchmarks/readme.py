@@ -91,7 +91,9 @@ def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
         f"{facts['version torch']}. The whole expert computation from given weights and ids: {facts['protocol']}. "
         f'"Of floor" is by the recorded ceilings of this GPU ({floor.read / 1e12:.2f} TB/s, {floor.product / 1e12:.0f} '
         'TFLOP/s), "same run" by those of the run '
-        f'({"; ".join(ceilings) or "not measured"}). "Under load": all methods in turn until the clock has settled, '
+        f"({'; '.join(ceilings) or 'not measured'}). "
+        '"Clean": after the write as many bytes of something else are read, so that the replay does not write back '
+        'what L2 held. "Under load": all methods in turn until the clock has settled, '
         "with the fraction of the sustained ceilings. A ratio is the other method's time over cumoe's: above 1 cumoe "
         'is ahead; "recorded" is the best other method of `cumoe/bench/gpu_recorded.py`. '
         f"File: `benchmarks/results/{source}`.",
@@ -105,10 +107,10 @@ def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
             "",
             f"**{shape}** (E {one['E']}, k {one['k']}, H {one['H']}, I {one['I']}), {dtype}, {routing} routing",
             "",
-            "| T | cumoe ms | best ms | TFLOP/s | TB/s | of floor | same run | under load ms | "
+            "| T | cumoe ms | best ms | TFLOP/s | TB/s | of floor | same run | clean ms | under load ms | "
             + " | ".join(["recorded", *methods])
             + " |",
-            "|" + " ---: |" * (9 + len(methods)),
+            "|" + " ---: |" * (10 + len(methods)),
         ]
         for tokens in unique(row["T"] for row in chosen):
             cells = {row["method"]: row for row in chosen if row["T"] == tokens}
@@ -120,7 +122,8 @@ def gpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
 def _gpu_cells(cells: dict[str, dict[str, str]], methods: list[str]) -> Iterable[str]:
     own = cells.get("cumoe")
     if own is None:  # it failed, which is a loss to show
-        return ["failed", *[""] * (7 + len(methods))]
+        return ["failed", *[""] * (8 + len(methods))]
+    clean = gpu_tables.milliseconds(own.get("clean_us", ""))
     load = gpu_tables.milliseconds(own["sustained_us"])
     return (
         gpu_tables.milliseconds(own["time_us"]),
@@ -129,6 +132,7 @@ def _gpu_cells(cells: dict[str, dict[str, str]], methods: list[str]) -> Iterable
         own["tbs"],
         own["of_floor"],
         own["of_floor_same_run"],
+        f"{clean} ({own['of_floor_clean']})" if clean else "",
         f"{load} ({own['of_floor_sustained']})" if own["of_floor_sustained"] else load,
         _two_digits(own["peer_ratio"]),
         *(_two_digits(cells[name]["ratio_to_cumoe"]) if name in cells else "" for name in methods),

@@ -147,6 +147,10 @@ class OnSide(NamedTuple):
         self.permute.list_tiles(self.offsets, self.schedule, self.block_rows)
         if self.block_rows and not self.top_k:  # rows in place may be read ahead: the list must be older by a kernel
             self.schedule[3:4] = 0
+        self.multiply()
+
+    def multiply(self):
+        """Multiply with the tiles that are listed."""
         self.room.grouped_gemm(
             self.x, self.permuted_idx, self.top_k, self.input_scale, self.weights, self.offsets, self.bias,
             self.output_scale, self.activation, self.interleaved, *self.parameters, self.dtype, self.kernel,

@@ -84,6 +84,7 @@ def test_the_suite_writes_every_case(suite):
         if row["kind"] == "layer":
             assert (row["of_floor"] != "") == (row["dtype"] == "bfloat16")
             assert float(row["error_in_bounds"]) <= 1
+            assert float(row["clean_us"]) > 0
             assert row["method"] != "cumoe" or row["ratio_to_cumoe"] == "1.000"
     assert "tiny, bfloat16, uniform routing" in found.text and "single operations, tiny" in found.text
     assert f"wrote {path}" in found.text
@@ -97,6 +98,7 @@ def test_long_cases_are_timed_under_load_too(suite, monkeypatch):
     assert found.problems == []
     for row in found.rows:
         assert float(row["sustained_us"]) > 0
+        assert row["clean_us"] == ""
         assert float(row["of_floor_sustained"]) > 0
 
 

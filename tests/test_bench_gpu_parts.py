@@ -246,6 +246,7 @@ def test_a_row_holds_every_fraction():
     found = row(
         recorded=gpu_ceilings.Limits(8e12, 400e12),
         measured=CEILINGS,
+        clean=Timing((16.0,)),
         sustained=Timing((40.0, 40.0)),
         watch=SimpleNamespace(sm_mhz=1400.4, watts=690.0),
         own_us=20.0,
@@ -258,6 +259,7 @@ def test_a_row_holds_every_fraction():
     assert (found["tflops"], found["tbs"]) == ("400.0", "2.000")
     assert (found["floor_us"], found["bound"], found["of_floor"]) == ("20.00", "compute", "1.000")
     assert found["of_floor_same_run"] == "0.500"
+    assert (found["clean_us"], found["of_floor_clean"]) == ("16.00", "1.250")
     assert (found["sustained_us"], found["of_floor_sustained"]) == ("40.00", "0.333")
     assert (found["sm_mhz"], found["watts"]) == ("1400", "690")
     assert (found["ratio_to_cumoe"], found["peer"], found["peer_us"], found["peer_ratio"]) == (
@@ -269,17 +271,17 @@ def test_a_row_holds_every_fraction():
 def test_what_does_not_apply_stays_empty():
     found = row(flops=0)
     empty = {name for name, value in found.items() if value == ""}
-    assert {"tflops", "floor_us", "of_floor", "of_floor_same_run", "sustained_us", "sm_mhz", "peer"} <= empty
+    assert {"tflops", "floor_us", "of_floor", "of_floor_same_run", "clean_us", "sustained_us", "peer"} <= empty
     assert tuple(found) == gpu_tables.COLUMNS
     assert "floor" not in gpu_tables.line(found)
 
 
 def test_a_line_has_what_decides():
-    text = gpu_tables.line(
-        row(recorded=BEST, measured=CEILINGS, sustained=Timing((40.0, 40.0)), peer=("another", 10.0))
-    )
+    times = {"clean": Timing((16.0,)), "sustained": Timing((40.0, 40.0))}
+    text = gpu_tables.line(row(recorded=BEST, measured=CEILINGS, peer=("another", 10.0), **times))
     assert text.startswith("tiny           T 8     cumoe")
     assert "0.0200 ms" in text and "of floor 0.500 (0.500)" in text and "sustained 0.040 (0.333)" in text
+    assert "clean 0.0160 (" in text
     assert text.endswith("peer x0.500")
 
 

@@ -35,6 +35,17 @@ def test_every_replay_is_timed_alone_over_a_cold_cache(cupy):
     assert stopwatch.stream.depth == 0
 
 
+def test_a_clean_replay_comes_after_a_read_of_something_else(cupy, monkeypatch):
+    monkeypatch.setattr(gpu_arrays, "read_sum", lambda words, total: fake_cupy.log.append(("read", words.nbytes)))
+    with gpu_timing.Stopwatch() as stopwatch:
+        replay = stopwatch.capture(lambda: None)
+        fake_cupy.log.clear()
+        stopwatch.burst(replay, repeats=2, clean=True)
+    timed = [what for what, _ in fake_cupy.log][2 * gpu_timing._WARM_CALLS :]
+    assert timed == ["flush", "read", "event", "launch", "event"] * 2
+    assert ("read", gpu_timing.FLUSH_BYTES) in fake_cupy.log
+
+
 def test_a_graph_is_captured_after_two_calls_and_keeps_what_it_needs(cupy):
     seen, workspace = [], np.zeros(4)
     alive = weakref.ref(workspace)

@@ -23,6 +23,7 @@ from strategies import DTYPES
 import cumoe
 from cumoe import _arrays
 from cumoe.cpu import microkernel, pack
+from cumoe.rawkernels import _grouped_gemm_wgmma, _load
 from cumoe.reference import experts
 from cumoe.reference.rounding import TF32_UNIT, rounded
 
@@ -257,6 +258,25 @@ def sized(xp, side, p, out):
     schedule = xp.empty(side.permute.schedule_size(*sizes, block_rows), np.int32)
     lists = {"permuted_idx": xp.asarray(p.permuted_idx), "offsets": xp.asarray(p.offsets)}
     return side._replace(block_rows=block_rows, schedule=schedule, out=out, **lists)
+
+
+@on_kernels(ON_GPU)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_few_blocks_share_many_units_again_and_again(xp, dtype, kernel, processors, in_place, monkeypatch):
+    """The blocks draw their units; what they leave in the list of tiles serves the next product."""
+    monkeypatch.setattr(_load, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(_grouped_gemm_wgmma, "_MANY_UNITS", 0)
+    p = make_product(5, 300, 2, 4, 264, 72, dtype, "" if in_place else "silu", in_place=in_place, output_scale=True)
+    for height in _grouped_gemm_wgmma._TILES if kernel == "wgmma" else (None,):
+        side = on_side(xp, p, dtype, kernel, block_rows=height) if height else on_side(xp, p, dtype, kernel)
+        expected = side()
+        assert_within(expected, law(p, kernel))
+        for _ in range(3):
+            side.out[...] = 0
+            side.multiply()
+            rows = slice(p.offsets[-1])
+            assert back(side.out).view(dtype)[rows].tobytes() == expected[rows].tobytes()
 
 
 @on_kernels(ON_GPU)

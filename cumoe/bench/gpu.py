@@ -98,7 +98,8 @@ class Suite:
         self.facts = results.header("gpu", options.commit)
         self.facts["protocol"] = (
             f"one graph, 256 MB written before each replay, CUDA events, median of {options.repeats}; "
-            f"{_IDLE_S} s of rest before the replays of a long case; seed {options.seed}"
+            f"{_IDLE_S} s of rest before the replays of a long case; clean: as many bytes of something else read after "
+            f"the write; seed {options.seed}"
         )
         self.path = results.default_path(options.output or Path("benchmarks") / "results", self.facts)
         self.rows: list[results.Row] = []
@@ -168,6 +169,7 @@ class Suite:
         made: dict[str, Contender] = {}
         judged: dict[str, gpu_check.Judgement] = {}
         times: dict[str, Timing] = {}
+        clean: dict[str, Timing] = {}
         options = self.options
         everybody = gpu_contenders.makers(
             self.stopwatch, case, weights, options.backend, options.variants, options.peers
@@ -180,6 +182,8 @@ class Suite:
                 other = made.get(OWN, contender).out
                 judged[name] = gpu_contenders.check(contender, name.startswith(OWN), tokens, exact, other, case.dtype)
                 times[name] = self.stopwatch.burst(contender.replay, options.repeats, _IDLE_S if is_long else 0.0)
+                if not is_long:
+                    clean[name] = self.stopwatch.burst(contender.replay, options.repeats, clean=True)
                 made[name] = contender
         watch, sustained = Watch(), {}
         if is_long and made and options.sustained_s > 0:
@@ -201,6 +205,7 @@ class Suite:
                     experts_hit=case.experts_hit,
                     recorded=gpu_ceilings.recorded(self.device, case.dtype),
                     measured=self.ceilings.get(case.dtype),
+                    clean=clean.get(name),
                     sustained=sustained.get(name),
                     watch=watch,
                     own_us=times[OWN].median_us if OWN in times else None,

@@ -16,7 +16,7 @@ from cumoe.bench.timing import Timing
 COLUMNS = (
     *("kind", "shape", "E", "k", "H", "I", "dtype", "routing", "T", "experts_hit", "method"),
     *("time_us", "best_us", "spread", "replays", "tflops", "tbs"),
-    *("floor_us", "bound", "of_floor", "of_floor_same_run"),
+    *("floor_us", "bound", "of_floor", "of_floor_same_run", "clean_us", "of_floor_clean"),
     *("sustained_us", "of_floor_sustained", "sm_mhz", "watts"),
     *("ratio_to_cumoe", "peer", "peer_us", "peer_ratio", "error_in_bounds", "relative_error"),
 )
@@ -36,6 +36,7 @@ def row(
     experts_hit: int | None = None,
     recorded: Limits | None = None,
     measured: Ceilings | None = None,
+    clean: Timing | None = None,
     sustained: Timing | None = None,
     watch: Watch | None = None,
     own_us: float | None = None,
@@ -45,8 +46,9 @@ def row(
     """
     One line of the result file; what does not apply stays empty.
 
-    `of_floor` is by the recorded ceilings of the device (the figure to compare between runs),
-    `of_floor_same_run` by those of this run at their best, `of_floor_sustained` by those of this run under load.
+    `of_floor` is by the recorded ceilings of the device (the figure to compare between runs), and so is
+    `of_floor_clean` if they are known; `of_floor_same_run` by those of this run at their best, `of_floor_sustained`
+    by those of this run under load.
     """
     time_us = timed.median_us
     cells: Row = dict.fromkeys(COLUMNS, "")
@@ -78,6 +80,10 @@ def row(
         cells["of_floor"] = f"{recorded.floor_us(num_bytes, flops) / time_us:.3f}"
     if measured:
         cells["of_floor_same_run"] = f"{measured.best.floor_us(num_bytes, flops) / time_us:.3f}"
+    if clean:
+        cells["clean_us"] = f"{clean.median_us:.2f}"
+        if limits:
+            cells["of_floor_clean"] = f"{limits.floor_us(num_bytes, flops) / clean.median_us:.3f}"
     if sustained:
         cells["sustained_us"] = f"{sustained.median_us:.2f}"
         if measured:
@@ -102,6 +108,8 @@ def line(cells: Row) -> str:
     )
     if cells["of_floor"] or cells["of_floor_same_run"]:
         text += f"  of floor {cells['of_floor'] or '-'} ({cells['of_floor_same_run'] or '-'})"
+    if cells["clean_us"]:
+        text += f"  clean {float(cells['clean_us']) / 1e3:.4f} ({cells['of_floor_clean'] or '-'})"
     if cells["sustained_us"]:
         text += f"  sustained {float(cells['sustained_us']) / 1e3:.3f} ({cells['of_floor_sustained'] or '-'})"
     if cells["sm_mhz"]:
@@ -117,8 +125,8 @@ def layer_tables(rows: Sequence[Row]) -> Iterator[Table]:
         chosen = [row for row in rows if (row["shape"], row["dtype"], row["routing"]) == key]
         methods = list(dict.fromkeys(row["method"] for row in chosen if row["method"] != OWN))
         table = Table(title=f"{key[0]}, {key[1]}, {key[2]} routing")
-        names = ("T", "ms", "best ms", "TFLOP/s", "TB/s", "of floor", "same run", "sustained ms", "best recorded peer")
-        for name in (*names, *(f"{method} / cumoe" for method in methods)):
+        names = ("T", "ms", "best ms", "TFLOP/s", "TB/s", "of floor", "same run", "clean ms", "sustained ms")
+        for name in (*names, "best recorded peer", *(f"{method} / cumoe" for method in methods)):
             table.add_column(name, justify="right")
         for num_tokens in dict.fromkeys(row["T"] for row in chosen):
             cells = {row["method"]: row for row in chosen if row["T"] == num_tokens}
@@ -133,6 +141,7 @@ def layer_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 own["tbs"],
                 own["of_floor"],
                 own["of_floor_same_run"],
+                milliseconds(own["clean_us"]),
                 milliseconds(own["sustained_us"]),
                 marked(own["peer_ratio"]),
                 *(marked(cells[name]["ratio_to_cumoe"]) if name in cells else "-" for name in methods),
