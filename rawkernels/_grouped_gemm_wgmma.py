@@ -40,7 +40,7 @@ class Tile(NamedTuple):
         """Shared memory beside the ring: results on their way out, what is announced of two units."""
         staged = 16 if self.tokens % 16 == 0 else 8  # tokens of a warp at a time
         staging = 4 * self.groups * staged * (8 if gated else 16) * self.m_blocks * 2
-        return staging + 128 + 2 * self.tokens * 4 * (gathered + scaled)
+        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled)
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the

@@ -45,7 +45,6 @@ constexpr int WEIGHTS = 64 * M_BLOCKS * GROUPS; // rows of a tile
 constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
 constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
 constexpr int GATHERING = 64;                                               // threads
-constexpr int NO_BLOCK = 1 << 20; // of weight rows: its outputs are beyond all
 
 // The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
 __device__ constexpr int smaller(int n)
@@ -117,11 +116,11 @@ struct Ring {
 struct Announced {
     uint32 barriers, units, rows, scales;
 
-    __device__ __forceinline__ explicit Announced(uint32 base) : barriers(base), units(base + 96), rows(base + 128)
+    __device__ __forceinline__ explicit Announced(uint32 base) : barriers(base), units(base + 64), rows(base + 96)
     {
         scales = rows + (GATHERED ? 2 * COLUMNS * 4 : 0);
     }
-    static constexpr int BYTES = 128 + 2 * COLUMNS * 4 * (GATHERED + SCALED);
+    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED);
 
     __device__ __forceinline__ uint32 told(int n) const { return barriers + n % 2 * 8; }          // the unit is there
     __device__ __forceinline__ uint32 detailed(int n) const { return barriers + 16 + n % 2 * 8; } // rows and scales too
@@ -139,10 +138,7 @@ struct Announced {
             barrier_init(free(n), 1 + (GATHERED ? GATHERING / 32 : 0) + GROUPS * 4);
         }
         barrier_init(wanted(), 1);
-        for (int i = 0; i < 4; ++i) barrier_init(barriers + 56 + i * 8, GROUPS * 4);
     }
-    // A ring of two buffers, of which all are full.
-    __device__ __forceinline__ Ring rehearsal(uint32 base) const { return {base, barriers + 56, 2, 0, 1}; }
     __device__ __forceinline__ Unit wait(int n) const
     {
         barrier_wait(told(n), parity(n));
@@ -196,5 +192,6 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
 #if CONSUMER_REGISTERS
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
+    wait_for_previous();
     consume(announced, ring, problem, staging + (warp - 4) * STAGING, k_blocks, warp / 4 - 1);
 }

@@ -163,25 +163,19 @@ __device__ __forceinline__ void multiply_tokens(int tokens, float (&d)[M_BLOCKS]
     multiply<N>(d, ring, k_blocks, group);
 }
 
-// A warp of a warpgroup: multiply and store all units of this CTA. Where CTAs are small, memory bounds them and a launch
-// is short: there the first turn is a rehearsal without a unit, which has the code brought from memory meanwhile.
+// A warp of a warpgroup: multiply and store all units of this CTA.
 __device__ __forceinline__ void consume(const Announced& announced, Ring ring, const Problem& p, uint32 staging,
                                         int k_blocks, int group)
 {
-    constexpr bool REHEARSES = MIN_CTAS > 1;
-    for (int n = REHEARSES ? -1 : 0;; ++n) {
-        const bool real = !REHEARSES || n >= 0;
-        if (n == 0) wait_for_previous();
-        const Unit unit = real ? announced.wait(n) : Unit{0, 0, 1, NO_BLOCK};
+    for (int n = 0;; ++n) {
+        const Unit unit = announced.wait(n);
         if (unit.left == 0) return;
         const Biases biases = load_biases(p, unit, group); // on their way while the products run
         float d[M_BLOCKS][COLUMNS / 2];
-        Ring taken = real ? ring : announced.rehearsal(ring.base);
-        multiply_tokens<COLUMNS>(unit.left, d, taken, real ? k_blocks : 2, group);
-        if (real) ring = taken;
-        if (SCALED && real) barrier_wait(announced.detailed(n), announced.parity(n));
+        multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
+        if (SCALED) barrier_wait(announced.detailed(n), announced.parity(n));
         store_tile(d, p, biases, unit, staging, announced.scales_of(n), group);
         __syncwarp();
-        if (real && threadIdx.x % 32 == 0) barrier_arrive(announced.free(n));
+        if (threadIdx.x % 32 == 0) barrier_arrive(announced.free(n));
     }
 }

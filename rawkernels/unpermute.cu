@@ -8,8 +8,6 @@
 // Skipped    a row outside 0..num_rows-1, or not below *last_offset; an id below 0, or not in the map: never read
 // Work       grid (T, parts); one thread owns WIDTH neighbouring outputs. Lane j of a warp finds out where row j lies
 //            and tells the others, so that all rows of a token (TOGETHER at a time) are on their way at once
-//            if `rehearse`, a block of unpermute goes through its code on nothing first: so it is there, and not in
-//            memory, when the kernel before has ended
 // Numbers    float32 sum from +0, j ascending, one rounding at the store: same bits on every run, for any grid
 // Launched   by unpermute.py, which chooses BYTES so that every load is aligned, and whole warps
 
@@ -58,7 +56,7 @@ struct PermutedRows {
 
     __device__ __forceinline__ int64 start(int j) const
     {
-        const int64 row = num_rows > 0 ? rows[j] : -1;
+        const int64 row = rows[j];
         return row >= 0 && row < num_rows ? row * row_stride : SKIPPED;
     }
 };
@@ -133,23 +131,17 @@ struct Columns {
 
 extern "C" __global__ __launch_bounds__(MAX_THREADS)
 void unpermute(const X* y, const INDEX* inv_permuted_idx, const float* topk_weights, const int64* last_offset, X* out,
-               int64 num_rows, int64 row_stride, int64 columns, int top_k, int rehearse)
+               int64 num_rows, int64 row_stride, int64 columns, int top_k)
 {
+    wait_for_previous();
+    let_next_start();
+    if (last_offset) num_rows = min(num_rows, *last_offset);
     const int64 token = blockIdx.x, first_pair = token * top_k;
+    const PermutedRows rows{inv_permuted_idx + first_pair, num_rows, row_stride};
     const Columns range;
-#pragma unroll 1
-    for (bool real = WEIGHTED || !rehearse;; real = true) { // without rows and columns nothing is read or written
-        if (real) {
-            wait_for_previous();
-            let_next_start();
-            if (last_offset) num_rows = min(num_rows, *last_offset);
-        }
-        const PermutedRows rows{inv_permuted_idx + first_pair, real ? num_rows : 0, row_stride};
-        for (int64 first = range.first; first < columns; first += range.step)
-            add_up(y, rows, topk_weights + first_pair, top_k, 1, first + threadIdx.x * WIDTH, real ? columns : 0, false,
-                   out + token * columns);
-        if (real) return;
-    }
+    for (int64 first = range.first; first < columns; first += range.step)
+        add_up(y, rows, topk_weights + first_pair, top_k, 1, first + threadIdx.x * WIDTH, columns, false,
+               out + token * columns);
 }
 
 extern "C" __global__ __launch_bounds__(MAX_THREADS)

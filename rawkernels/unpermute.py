@@ -1,14 +1,11 @@
 """Launches unpermute.cu: the rows that belong to a token added up, back in token order."""
 
-import math
-
 from cumoe.rawkernels import _load
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _INDEX = {"int32": "int", "int64": "int64", "uint32": "uint32"}
 _MOST_THREADS, _LEAST_THREADS, _WARP = 256, 64, 32
 _MOST_PARTS = 65_535
-_FEW_BLOCKS = 256  # of a grid, up to which the time of its kernel is mostly that of its first instructions
 _MOST_TOGETHER = 10  # rows on their way at once: 16 bytes of each in registers
 
 
@@ -38,7 +35,6 @@ def unpermute(y, topk_weights, inv_permuted_idx, out, dtype, expert_first_token_
         y.strides[0] // y.itemsize,
         out.shape[1],
         inv_permuted_idx.shape[1],
-        int(math.prod(grid) <= _FEW_BLOCKS),
         overlap=True,
     )
 
