@@ -42,6 +42,7 @@ def grouped_gemm(
     kernel,
     schedule,
     block_rows,
+    ahead,
     out,
 ):
     """
@@ -52,7 +53,8 @@ def grouped_gemm(
     which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
     (E, N, K) or packed (`pack.panel_shape`), `activation` "" or a name of `act.SCALAR`;
     `dtype` names what the bits of `x`, `weights` and `out` mean.
-    Rows outside every expert are neither read nor written. `schedule` and `block_rows` are for the GPU side.
+    Rows outside every expert are neither read nor written. `schedule`, `block_rows` and `ahead` are for the
+    GPU side.
     """
     kern = microkernel.choose(dtype, kernel)
     gated = bool(activation) and not activation.endswith("_no_mul")

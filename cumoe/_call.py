@@ -83,6 +83,7 @@ class Piece(NamedTuple):
             e.kernel,
             s.schedule,
             self.block_rows,
+            False,
             s.activated,
         )
 
@@ -110,6 +111,7 @@ class Piece(NamedTuple):
             e.kernel,
             s.schedule,
             self.block_rows,
+            True,
             s.rows,
         )
 
@@ -194,8 +196,9 @@ def enter_call(
     workspace_limit: int | None,
     workspace: Array | None = None,
     backend: str | None = None,
+    taken: int = 0,
 ) -> Call:
-    """Check everything once; nothing after this looks at an argument again."""
+    """Check everything once; nothing after this looks at an argument again. `taken` bytes of `workspace` are in use."""
     is_prepared = isinstance(w1, PreparedExperts)
     side, inside = _arrays.enter(
         **({} if is_prepared else weight_arrays(w1, w2, quant_config)),
@@ -207,7 +210,7 @@ def enter_call(
         workspace=workspace,
     )
     x, weights, ids, expert_map, out, workspace = inside[-6:]
-    space = None if workspace is None else given_workspace(side.xp, workspace)
+    space = None if workspace is None else given_workspace(side.xp, workspace, taken)
     lent = contextlib.nullcontext if space is None else space.lent
     with lent():
         if isinstance(w1, PreparedExperts):
@@ -236,7 +239,7 @@ def enter_call(
     else:
         _check.output("out", out, "(T, H)", (num_tokens, hidden_size), experts.dtype, **inputs)
     if workspace is not None:
-        _check.no_overlap("workspace", workspace, **inputs)
+        _check.no_overlap("workspace", workspace[taken:], **inputs)  # what is taken may be the choices
         _check.no_overlap("out", out, workspace=workspace)
     with lent():
         x = _arrays.bits(x)

@@ -121,6 +121,7 @@ def grouped_gemm(
         kernel,
         schedule,
         block_rows,
+        False,
         bits,
     )
     return side.leave(out)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cumoe._arrays import Array, on_callers_stream
-from cumoe._call import check_logits, enter_call
+from cumoe._call import Call, check_logits, enter_call
 from cumoe._prepare import PreparedExperts
 from cumoe._select_experts import select_experts
 from cumoe._workspace import lent
@@ -142,12 +142,7 @@ def fused_experts(
         workspace,
         backend,
     )
-    for piece in call.pieces():
-        piece.sort()
-        piece.first_product()
-        piece.second_product()
-        piece.add_up()
-    return call.result()
+    return _run(call)
 
 
 @on_callers_stream
@@ -236,7 +231,7 @@ def fused_moe(
     """
     if custom_routing_function is None:
         check_logits(router_logits, w1, expert_map, global_num_experts, check)
-    with lent(workspace) as rest:
+    with lent(workspace) as taken:
         topk_weights, topk_ids = select_experts(
             hidden_states,
             router_logits,
@@ -250,20 +245,32 @@ def fused_moe(
             routed_scaling_factor=routed_scaling_factor,
             e_score_correction_bias=e_score_correction_bias,
         )
-    return fused_experts(
+    call = enter_call(
         hidden_states,
         w1,
         w2,
         topk_weights,
         topk_ids,
-        activation=activation,
-        quant_config=quant_config,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        expert_map=expert_map,
-        global_num_experts=global_num_experts,
-        out=out,
-        check=check,
-        workspace_limit=workspace_limit,
-        workspace=rest(),
-        backend=backend,
+        activation,
+        quant_config,
+        apply_router_weight_on_input,
+        expert_map,
+        global_num_experts,
+        out,
+        check,
+        workspace_limit,
+        workspace,
+        backend,
+        taken(),
     )
+    return _run(call)
+
+
+def _run(call: Call) -> Array:
+    """The steps, for all tokens or some after the others."""
+    for piece in call.pieces():
+        piece.sort()
+        piece.first_product()
+        piece.second_product()
+        piece.add_up()
+    return call.result()

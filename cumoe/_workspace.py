@@ -67,28 +67,25 @@ class Workspace:
         return start
 
 
-def given_workspace(xp: ModuleType, memory: Array) -> Workspace:
-    """Check what a caller gave as `workspace`, taken in already."""
+def given_workspace(xp: ModuleType, memory: Array, taken: int = 0) -> Workspace:
+    """Check what a caller gave as `workspace`, taken in already; of which `taken` bytes are in use."""
     _check.ndim("workspace", memory, "(bytes,)", 1)
     _check.dtype("workspace", memory, ("uint8",))
     if not memory.flags.c_contiguous:
         raise ValueError(f"workspace must be C-contiguous, got strides {tuple(memory.strides)}")
     _check.writeable("workspace", memory)
-    return Workspace(xp, memory)
+    space = Workspace(xp, memory)
+    space.used = max(space.used, taken)
+    return space
 
 
 @contextlib.contextmanager
-def lent(workspace: Array | None) -> Iterator[Callable[[], Array | None]]:
-    """
-    Lend what a caller gave as `workspace`, see `Workspace.lent`.
-
-    Gives a function that cuts off what is left of it, in the caller's kind.
-    """
+def lent(workspace: Array | None) -> Iterator[Callable[[], int]]:
+    """Lend what a caller gave as `workspace`, see `Workspace.lent`; gives a function that tells how much is in use."""
     if workspace is None:
-        yield lambda: None
+        yield lambda: 0
         return
     side, (memory,) = _arrays.enter(workspace=workspace)
     space = given_workspace(side.xp, memory)
-    unused = space.used
     with space.lent():
-        yield lambda: workspace if space.used == unused else workspace[space.used :]
+        yield lambda: space.used

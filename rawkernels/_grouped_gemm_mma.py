@@ -63,8 +63,8 @@ def launch(
     kernel,
     schedule,
     block_rows,
-    out,
     ahead,
+    out,
 ):
     """
     Run the product with `kernel` "mma", "fma" or "tf32"; the other arguments are those of `grouped_gemm`.

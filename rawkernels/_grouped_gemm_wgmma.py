@@ -92,8 +92,8 @@ def launch(
     kernel,
     schedule,
     block_rows,
-    out,
     ahead,
+    out,
 ):
     """
     Run the product; the arguments are those of `grouped_gemm`, with an empty `input_scale` and `kernel` "wgmma".
@@ -142,7 +142,7 @@ def launch(
         top_k,
         stages,
         together,
-        int(ahead and not gathered),
+        int(ahead),
         np.float32(min(1.0, _KEPT_BYTES / (2 * x.size))),
         np.float32(alpha),
         np.float32(beta),

@@ -24,18 +24,17 @@ def grouped_gemm(
     kernel,
     schedule,
     block_rows,
+    ahead,
     out,
 ):
     """
     ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
 
-    The twin of the CPU's, with tiles of the schedule in place of offsets. Rows in place with a `permuted_idx`
-    are the second product of a layer, which reads the schedule while the kernel before it still runs: that must
-    not be the one that writes it, but the first product, say.
+    The twin of the CPU's, with tiles of the schedule in place of offsets. With `ahead` the schedule and `permuted_idx`
+    are read while the kernel before this one still runs: that must not be the one that writes them.
     """
     if len(out) > _MOST_ROWS:
         raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
-    ahead = top_k == 0 and permuted_idx.size > 0
     launch = wgmma.launch if kernel == "wgmma" else mma.launch
     launch(
         x,
@@ -54,8 +53,8 @@ def grouped_gemm(
         kernel,
         schedule,
         block_rows,
-        out,
         ahead,
+        out,
     )
 
 

@@ -135,6 +135,7 @@ class OnSide(NamedTuple):
     kernel: str
     schedule: Any
     block_rows: int
+    ahead: bool
     out: Any
 
     def __call__(self):
@@ -145,7 +146,7 @@ class OnSide(NamedTuple):
     def run(self):
         """List the tiles and multiply."""
         self.permute.list_tiles(self.offsets, self.schedule, self.block_rows)
-        if self.block_rows and not self.top_k:  # rows in place may be read ahead: the list must be older by a kernel
+        if self.ahead:  # the list must be older by a kernel
             self.schedule[3:4] = 0
         self.multiply()
 
@@ -154,7 +155,7 @@ class OnSide(NamedTuple):
         self.room.grouped_gemm(
             self.x, self.permuted_idx, self.top_k, self.input_scale, self.weights, self.offsets, self.bias,
             self.output_scale, self.activation, self.interleaved, *self.parameters, self.dtype, self.kernel,
-            self.schedule, self.block_rows, self.out,
+            self.schedule, self.block_rows, self.ahead, self.out,
         )  # fmt: skip
 
 
@@ -188,6 +189,7 @@ def on_side(xp, p, dtype, kernel, **other):
         kernel,
         xp.empty(permute.schedule_size(p.num_rows, len(p.weights), block_rows), np.int32),
         block_rows,
+        block_rows > 0 and p.top_k == 0,
         bits(xp, np.full((p.num_rows, outputs), 7, dtype)),
     )
     return side._replace(**other)

@@ -119,7 +119,7 @@ def huge(*shape):
 def product(kernel, x, top_k, out):
     nothing = np.empty(0, np.float32)
     order = np.zeros(8 if top_k else 0, np.int32)
-    steps = "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, nothing, 8
+    steps = "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, nothing, 8, False
     grouped_gemm.grouped_gemm(x, order, top_k, nothing, huge(1, 8, 8), nothing, nothing, nothing, *steps, out)
 
 

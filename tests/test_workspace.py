@@ -12,6 +12,7 @@ from test_moe import run
 
 import cumoe
 from cumoe import _plan, _workspace
+from cumoe._call import enter_call
 from cumoe._kernel_choice import choose_kernel
 from cumoe.reference import experts
 
@@ -113,6 +114,29 @@ def test_pieces_are_aligned_and_apart(xp):
     assert first % 256 == last % 256 == 0 and last >= first + 60
     with pytest.raises(ValueError, match=r"^workspace must have at least \d+ bytes, got 4997; see plan"):
         space.take((4000,), np.uint8)
+
+
+def test_what_is_taken_of_a_workspace_counts(xp):
+    """Choices that were made in it stay there; a refusal tells the size of all of it."""
+    problem = make_problem(6, 2, 3, 32, 16)
+    x, w1, w2, weights, ids = (on(xp, array) for array in problem[:5])
+    memory = xp.full(20_000, 0xFF, np.uint8)
+    space = _workspace.given_workspace(xp, memory)
+    taken_weights, taken_ids = space.take(weights.shape, np.float32), space.take(ids.shape, np.int32)
+    taken_weights[...], taken_ids[...] = weights, ids
+    arguments = (x, w1, w2, taken_weights, taken_ids, "silu", None, False, None, None, None, False, None)
+    call = enter_call(*arguments, memory, None, space.used)
+    for piece in call.pieces():
+        piece.sort()
+        piece.first_product()
+        piece.second_product()
+        piece.add_up()
+    assert back(call.result()).tobytes() == back(cumoe.fused_experts(x, w1, w2, weights, ids)).tobytes()
+    assert back(taken_ids).tobytes() == back(ids).tobytes()
+    with pytest.raises(ValueError, match=r"^workspace must have at least \d+ bytes, got 20000; see plan"):
+        enter_call(*arguments, memory, None, 19_000)
+    with pytest.raises(ValueError, match=r"^workspace must not share memory with topk_weights"):
+        enter_call(*arguments, memory)
 
 
 def test_the_allocator_is_lent_to_one_thread_for_a_while():
