@@ -109,6 +109,17 @@ def test_parts_are_run_alone(suite):
     assert all(row["of_floor"] and not row["of_floor_same_run"] for row in found.rows)
 
 
+def test_the_stages_of_the_layer_are_asked_for(suite):
+    found = suite(parts=["stages"], num_tokens=[20])
+    assert found.problems == []
+    assert [(row["kind"], row["method"]) for row in found.rows] == [
+        ("stage", name) for name in ("permute", "gemm1", "gemm2", "unpermute")
+    ]
+    first, second = (row for row in found.rows if row["method"].startswith("gemm"))
+    assert first["tflops"] != "" and float(second["floor_us"]) > 0
+    assert found.rows[0]["tflops"] == "" and float(found.rows[0]["tbs"]) > 0
+
+
 def test_a_peer_is_measured_and_a_wrong_one_is_named(suite, monkeypatch):
     def peer(name, factor):
         def make(*arrays):

@@ -23,7 +23,9 @@ from cumoe.bench import (
     gpu_operations,
     gpu_peers,
     gpu_recorded,
+    gpu_stages,
     gpu_tables,
+    gpu_tiles,
     results,
     shapes,
 )
@@ -36,6 +38,7 @@ SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next", "dsv3-ep", "dsv3-tp8")
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 DTYPES = ("bfloat16",)
 PARTS = ("ceilings", "layer", "operations")
+ALL_PARTS = (*PARTS, "stages")
 SUSTAINED_S = 1.5
 
 _OPERATIONS_SHAPE = "qwen3-30b-a3b"
@@ -113,7 +116,7 @@ class Suite:
                 with self._naming(f"ceilings, {dtype}"):
                     self._measure(dtype)
                 self._free()
-            for name in self.options.shape_names if "layer" in self.options.parts else ():
+            for name in self.options.shape_names if {"layer", "stages"} & set(self.options.parts) else ():
                 with self._naming(f"{name}, {dtype}"):
                     self._shape(shapes.SHAPES[name], dtype)
                 self._free()
@@ -154,8 +157,12 @@ class Suite:
         for routing in self.options.routings:
             for num_tokens in self.options.num_tokens:
                 with self._naming(f"{shape.name} T={num_tokens}"):
-                    self._case(gpu_contenders.draw(shape, dtype, routing, num_tokens, self.options.seed), weights)
-        for table in gpu_tables.layer_tables(self.rows[first:]):
+                    case = gpu_contenders.draw(shape, dtype, routing, num_tokens, self.options.seed)
+                    if "layer" in self.options.parts:
+                        self._case(case, weights)
+                    if "stages" in self.options.parts:
+                        self._stages(case, weights)
+        for table in gpu_tables.layer_tables([row for row in self.rows[first:] if row["kind"] == "layer"]):
             self.console.print(table)
 
     def _case(self, case: Case, weights: Weights) -> None:
@@ -213,6 +220,33 @@ class Suite:
                     errors=judged[name],
                 )
             )
+
+    def _stages(self, case: Case, weights: Weights) -> None:
+        """Each step of the layer in a graph of its own, with the launcher's tiles and with those of the variants."""
+        arrays = case.x, weights.prepared, case.topk_weights, case.topk_ids
+        work = gpu_stages.work(case.shape, case.host_routing[1], case.x.dtype.itemsize)
+        idle_s = _IDLE_S if self._is_long(case) else 0.0
+        for tile in ("", *self.options.variants):
+            with gpu_tiles.forced(tile) if tile else contextlib.nullcontext():
+                steps = gpu_stages.calls(*arrays, **gpu_contenders.chosen(self.options.backend))
+                graphs = {name: self.stopwatch.capture(step) for name, step in steps.items()}
+            for name, graph in graphs.items():
+                self._keep(
+                    gpu_tables.row(
+                        kind="stage",
+                        shape=case.shape,
+                        dtype=case.dtype,
+                        num_tokens=case.num_tokens,
+                        method=f"{name} {tile}".strip(),
+                        timed=self.stopwatch.burst(graph, self.options.repeats, idle_s),
+                        num_bytes=work[name][0],
+                        flops=work[name][1],
+                        routing=case.routing,
+                        experts_hit=case.experts_hit,
+                        recorded=gpu_ceilings.recorded(self.device, case.dtype),
+                        measured=self.ceilings.get(case.dtype),
+                    )
+                )
 
     def _is_long(self, case: Case) -> bool:
         """Whether the power limit will lower the clock during a case."""

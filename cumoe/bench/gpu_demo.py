@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cumoe._demo import STAGES, Layer, check, stage_bytes, verdict
-from cumoe.bench import gpu_ceilings, gpu_check
+from cumoe._demo import Layer, check, verdict
+from cumoe.bench import gpu_ceilings, gpu_check, gpu_stages
 from cumoe.bench.gpu_timing import Stopwatch
 from cumoe.bench.timing import Timing
 
@@ -91,15 +91,12 @@ def _measure(stopwatch: Stopwatch, layer: Layer, prepared: Any) -> _Measured:
     import cupy as cp
 
     import cumoe
-    from cumoe._call import enter_call
 
     shape, k = layer.shape, layer.shape.top_k
     x, logits = to_device(layer.batch.hidden_states), to_device(layer.batch.router_logits[0])
     topk_weights, topk_ids = cumoe.fused_topk(logits, k)
-    call = enter_call(x, prepared, None, topk_weights, topk_ids, "silu", None, False, None, None, None, False, None)
-    (piece,) = call.pieces()
-    steps = (lambda: cumoe.fused_topk(logits, k), piece.sort, piece.first_product, piece.second_product, piece.add_up)
-    times = {name: stopwatch.burst(stopwatch.capture(step)) for name, step in zip(STAGES, steps, strict=True)}
+    steps = {"route": lambda: cumoe.fused_topk(logits, k), **gpu_stages.calls(x, prepared, topk_weights, topk_ids)}
+    times = {name: stopwatch.burst(stopwatch.capture(step)) for name, step in steps.items()}
 
     out = cp.empty(x.shape, x.dtype)
     sizes = (len(x), shape.hidden_size, shape.intermediate_size, shape.num_experts, k)
@@ -110,11 +107,8 @@ def _measure(stopwatch: Stopwatch, layer: Layer, prepared: Any) -> _Measured:
     times["total"] = stopwatch.burst(replay)
 
     ids = gpu_check.on_host(topk_ids)
-    flops = shape.flops(len(x))
-    products = {"gemm1": 2 * flops // 3, "gemm2": flops // 3}
-    num_bytes = stage_bytes(shape, ids, logits.dtype.itemsize, x.dtype.itemsize)
-    work = {name: (count, products.get(name, 0)) for name, count in num_bytes.items()}
-    work["total"] = shape.moved_bytes(len(x), len(np.unique(ids)), layer.dtype), flops
+    work = gpu_stages.work(shape, ids, x.dtype.itemsize, logits.dtype.itemsize)
+    work["total"] = shape.moved_bytes(len(x), len(np.unique(ids)), layer.dtype), shape.flops(len(x))
     return _Measured(times, work, gpu_check.on_host(out), gpu_check.on_host(topk_weights), ids)
 
 

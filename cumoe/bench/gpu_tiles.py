@@ -5,6 +5,8 @@ A tile of the Hopper kernel by hand, for tuning: each text is one more contender
 
     96                                       the tile of this height in the launcher's table
     tokens=96,m_blocks=2,groups=2,ctas=1     a tile of these fields, which are those of the launcher's `Tile`
+
+With ``--parts stages`` each step of the layer is timed alone instead.
 """
 
 import contextlib

@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive, default=REPEATS, metavar="N", help="replays of a case; default: %(default)s"
     )
     only.add_argument(
-        "--parts", nargs="+", choices=gpu.PARTS, default=gpu.PARTS, metavar="PART", help=f"of {', '.join(gpu.PARTS)}"
+        "--parts",
+        nargs="+",
+        choices=gpu.ALL_PARTS,
+        default=gpu.PARTS,
+        metavar="PART",
+        help=f"of {', '.join(gpu.ALL_PARTS)}; default: {' '.join(gpu.PARTS)}",
     )
     only.add_argument("--peers", choices=("installed", "none"), default="installed", help="default: %(default)s")
     only.add_argument("--backend", metavar="NAME", help="kernel of cumoe; default: its own choice")
