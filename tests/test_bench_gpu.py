@@ -117,7 +117,7 @@ def test_the_stages_of_the_layer_are_asked_for(suite):
     ]
     first, second = (row for row in found.rows if row["method"].startswith("gemm"))
     assert first["tflops"] != "" and float(second["floor_us"]) > 0
-    assert found.rows[0]["tflops"] == "" and float(found.rows[0]["tbs"]) > 0
+    assert found.rows[0]["tflops"] == "" and float(found.rows[0]["time_us"]) > 0
 
 
 def test_a_peer_is_measured_and_a_wrong_one_is_named(suite, monkeypatch):
