@@ -223,7 +223,9 @@ def plan(
         kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
         refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size)
         shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
-        tiles = _arrays.room(xp, "grouped_gemm").explain(shares.tokens_per_piece * top_k, *sizes[1:], kernel)
+        tiles = _arrays.room(xp, "grouped_gemm").explain(
+            shares.tokens_per_piece * top_k, *sizes[1:], kernel, matrices == 3
+        )
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
         num_tokens,

@@ -128,7 +128,7 @@ def launch(
     )
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated):
     """Lines that say which tiles a call uses and why."""
     import cupy as cp
 
@@ -136,7 +136,7 @@ def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kerne
     most_tiles = min(num_pairs, num_experts) + num_pairs // height
     device = _load.capability(), _load.multiprocessors(cp.cuda.runtime.getDevice())
     lines = [f"tiles of {height} rows: {num_pairs} rows of {num_experts} experts make at most {most_tiles}"]
-    for which, columns in (("first", 2 * intermediate_size), ("second", hidden_size)):
+    for which, columns in (("first", (1 + gated) * intermediate_size), ("second", hidden_size)):
         tile = choose(kernel, height, columns, most_tiles, *device)
         lines.append(
             f"{which} product: {tile.columns} rows of weights a tile, {tile.warps_m} x {tile.warps_n} warps,"

@@ -179,7 +179,11 @@ def explain(num_pairs, num_experts, hidden_size, intermediate_size):
     """Lines that say which tile a call uses and why."""
     tile = _TILES[block_rows(num_pairs, num_experts, hidden_size, intermediate_size)]
     mean = mean_rows(num_pairs, num_experts)
-    where = f"{tile.ctas} blocks a multiprocessor" if tile.ctas > 1 else "one block a multiprocessor, which stays"
+    where = (
+        f"{tile.ctas} blocks a multiprocessor"
+        if tile.ctas > 1
+        else "one block a multiprocessor, which takes one after the other"
+    )
     return (
         f"tiles of {tile.tokens} rows cover {mean:.1f} rows of an expert in {max(1, math.ceil(mean / tile.tokens))}",
         f"both products: {tile.weights} rows of weights a tile, {tile.groups} warpgroups multiply, {where}",

@@ -65,11 +65,11 @@ def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, ke
     return mma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated):
     """Lines that say which tiles a call uses and why."""
     if kernel == "wgmma":
         return wgmma.explain(num_pairs, num_experts, hidden_size, intermediate_size)
-    return mma.explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
+    return mma.explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated)
 
 
 def variants(arch):
