@@ -199,7 +199,7 @@ def check_options(
         refuse("scale_ub", not shape.is_per_token(), f"for group_shape {tuple(shape)}")
         if isinstance(scale_ub, bool) or not isinstance(scale_ub, numbers.Real):
             raise TypeError(f"scale_ub must be a number, got {type(scale_ub).__name__}")
-        if not scale_ub > 0:
+        if not float(scale_ub) > 0:
             raise ValueError(f"scale_ub must be > 0, got {scale_ub}")
 
 
