@@ -38,7 +38,7 @@ test: $(VENV)/.test
 
 # -k: the bodies that the xp fixture runs on CuPy, and the files that need a GPU throughout
 test-gpu: $(VENV)/.test $(VENV)/.$(CUDA_EXTRA)
-	$(TEST_ENV) $(BIN)/pytest -n 4 -k "cupy or cuda or gpu or test_load" $(ARGS)
+	$(TEST_ENV) $(BIN)/pytest -n 4 -k "cupy or cuda or gpu or test_load or large_layers" $(ARGS)
 
 sanitize: $(VENV)/.$(CUDA_EXTRA)
 	$(BIN)/python tests/sanitize_kernels.py $(ARGS)

@@ -141,7 +141,7 @@ def test_without_a_compiler_the_extra_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "cumoe compile: compiling needs NVRTC: pip install 'cumoe[compile]'\n"
 
 
-def test_the_architectures_of_this_machine():
+def test_the_architectures_of_this_machines_gpus():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     if not cupy.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -5,7 +5,7 @@ import importlib
 import re
 
 import pytest
-from tree import CPU, FRONT, GPU, calls_of, imports, name_of, signatures, sources
+from tree import CPU, FRONT, GPU, ROOT, calls_of, imports, name_of, signatures, sources
 
 from cumoe.rawkernels import _compile
 
@@ -140,6 +140,29 @@ def test_both_launchers_of_the_products_take_what_the_room_hands_on():
     wgmma, mma = (signatures((GPU / f"_grouped_gemm_{name}.py").read_text())["launch"] for name in ("wgmma", "mma"))
     names, defaults = signatures((GPU / "grouped_gemm.py").read_text())["grouped_gemm"]
     assert wgmma == mma == ([name for name in names if name != "expert_first_token_offset"], defaults)
+
+
+# -- what runs on a GPU -----------------------------------------------------------------------------
+
+
+def left_out(source, name, words):
+    """Test functions that need a GPU although no word of their names or the file's chooses them."""
+    needs = re.compile(r"\b(gpu|hopper)\(\)|importorskip\(.cupy")
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    chosen = re.compile("|".join(words))
+    return [one.name for one in functions if one.name.startswith("test_") and needs.search(ast.unparse(one))
+            and not chosen.search(f"{name} {one.name}")]  # fmt: skip
+
+
+def test_every_test_that_needs_a_gpu_is_run_on_one():
+    (words,) = re.findall(r'-k "(.*?)"', (ROOT / "Makefile").read_text())
+    words = words.split(" or ")
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        assert "simulated_gpu" in text or left_out(text, path.stem, words) == [], path.name
+    assert left_out("def test_a():\n    gpu()\ndef test_gpu_b():\n    gpu()\ndef test_c(): ...", "test_x", ["gpu"]) == [
+        "test_a"
+    ]
 
 
 # -- the checks themselves --------------------------------------------------------------------------

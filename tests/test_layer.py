@@ -114,7 +114,7 @@ def test_equals_the_formula_of_the_family(xp, family, normed, tmp_path):
     assert error.max() <= 1e-5
 
 
-def test_a_layer_says_where_its_tokens_must_be(tmp_path):
+def test_a_layer_on_a_gpu_says_where_its_tokens_must_be(tmp_path):
     gpu()
     layer = load(tmp_path, "mixtral", device="cuda")
     refused(TypeError, "hidden_states must be where the layer is = cuda:0, got cpu; copy them there", layer, tokens())

@@ -139,7 +139,7 @@ def test_what_is_taken_of_a_workspace_counts(xp):
         enter_call(*arguments, memory)
 
 
-def test_the_allocator_is_lent_to_one_thread_for_a_while():
+def test_the_allocator_of_the_gpu_is_lent_to_one_thread_for_a_while():
     """Calls may lie in each other and may fail; other threads, and what comes after, allocate as ever. No GPU."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
