@@ -346,7 +346,7 @@ def test_tokens_beyond_int32(xp):
     permute.list_tiles(offsets, schedule, block_rows)
     room.grouped_gemm(
         x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), offsets, xp.empty((0, 0), np.float32),
-        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, schedule, block_rows, out,
+        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, schedule, block_rows, False, out,
     )  # fmt: skip
     same = on(xp, np.stack([rows[1], rows[0], np.zeros_like(rows[0])]))
     assert out.tobytes() == cumoe.grouped_gemm(same, w, offsets).tobytes()
