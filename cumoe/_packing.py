@@ -1,5 +1,7 @@
 """How codes and scales lie in memory: two codes of four bits a byte, and scales in blocks of 128 x 4."""
 
+from types import ModuleType
+
 import numpy as np
 
 from cumoe import _arrays, _check
@@ -203,14 +205,14 @@ def unswizzle_scales(scale: Array, num_rows: int, num_cols: int) -> Array:
     return side.leave(side.xp.ascontiguousarray(rows[..., :num_rows, :num_cols]).view(scale.dtype))
 
 
-def packed(xp: Array, codes: Array, axis: int) -> Array:
+def packed(xp: ModuleType, codes: Array, axis: int) -> Array:
     """Two uint8 codes a byte along `axis`."""
     codes = xp.moveaxis(codes, axis, -1)
     pairs = (codes[..., 0::2] & 15) | ((codes[..., 1::2] & 15) << 4)
     return xp.ascontiguousarray(xp.moveaxis(pairs, -1, axis))
 
 
-def unpacked(xp: Array, pairs: Array, axis: int) -> Array:
+def unpacked(xp: ModuleType, pairs: Array, axis: int) -> Array:
     """The codes of `packed`, one a byte."""
     pairs = xp.moveaxis(pairs, axis, -1)
     codes = xp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
