@@ -116,7 +116,7 @@ def launch(
     units = (full + (rows - full) // tile.tokens) * blocks
     processors = _load.multiprocessors(x.device.id)
     grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
-    ctas = 1 if grid <= processors else tile.ctas
+    ctas = min(tile.ctas, -(-grid // processors))
     ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - fixed_bytes
     stages = ring_bytes // tile.stage_bytes
     if grid == units:  # no further unit will fill the ring
