@@ -134,8 +134,8 @@ struct Announced {
     {
         for (int n = 0; n < 2; ++n) {
             barrier_init(told(n), 1);
-            barrier_init(detailed(n), 1);
-            barrier_init(free(n), 1 + (GATHERED ? GATHERING / 32 : 0) + GROUPS * 4);
+            barrier_init(detailed(n), 32); // whoever writes or reads shared memory arrives
+            barrier_init(free(n), 1 + (GATHERED ? GATHERING : 0) + GROUPS * 128);
         }
         barrier_init(wanted(), 1);
     }

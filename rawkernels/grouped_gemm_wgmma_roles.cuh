@@ -38,8 +38,7 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
                 if (GATHERED) store_shared(announced.rows_of(n) + at, (uint32)(pair[i] / top_k) * (uint32)row_chunks);
                 if (SCALED) store_shared(announced.scales_of(n) + at, __float_as_uint(p.output_scale[pair[i]]));
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(announced.detailed(n));
+            barrier_arrive(announced.detailed(n));
         }
         if (units > gridDim.x) {
             barrier_wait(announced.wanted(), n & 1);
@@ -106,8 +105,7 @@ __device__ __forceinline__ void gather(const Announced& announced, Ring ring, co
 #pragma unroll
         for (int i = 0; i < COPIES; ++i)
             start[i] = load_word(announced.rows_of(n) + (first_row + STRIDE * i) * 4) + chunk;
-        __syncwarp();
-        if (thread % 32 == 0) barrier_arrive(announced.free(n));
+        barrier_arrive(announced.free(n));
         const int needed = (u.left - first_row + STRIDE - 1) / STRIDE; // what else the tile multiplies is never stored
         for (int k = 0; k < k_blocks; ++k, ring.next()) {
             barrier_wait(ring.empty(), ring.parity);
@@ -175,7 +173,6 @@ __device__ __forceinline__ void consume(const Announced& announced, Ring ring, c
         multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
         if (SCALED) barrier_wait(announced.detailed(n), announced.parity(n));
         store_tile(d, p, biases, unit, staging, announced.scales_of(n), group);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(announced.free(n));
+        barrier_arrive(announced.free(n));
     }
 }
