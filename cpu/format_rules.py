@@ -52,14 +52,12 @@ def _power_of_two(s):
 
 
 @jit(inline=True)
-def fp8_ue8m0_scale(low, high, limit):
-    """`fp8_scale`, raised to a power of two."""
+def _fp8_ue8m0_scale(low, high, limit):
     return _power_of_two(fp8_scale(low, high, limit))
 
 
 @jit(inline=True)
-def fp8_group_ue8m0_scale(low, high, limit):
-    """`fp8_group_scale`, raised to a power of two."""
+def _fp8_group_ue8m0_scale(low, high, limit):
     return _power_of_two(fp8_group_scale(low, high, limit))
 
 
@@ -76,10 +74,24 @@ def int4_scale(low, high, limit):
 
 
 @jit(inline=True)
-def int4_zero_points_scale(low, high, limit):
-    """``(high - low) / 15``, halved so that it cannot overflow."""
-    half = high * np.float32(0.5) - low * np.float32(0.5)
-    return _at_least(_at_least(half, np.float32(0.5e-10)) / np.float32(7.5), limit)
+def uint8_scale(low, high, limit):
+    """Zero point 128; `limit` as for int4."""
+    return _at_least(int8_scale(low, high, limit), limit)
+
+
+@jit(inline=True)
+def _half_width(low, high):  # which cannot overflow
+    return _at_least(high * np.float32(0.5) - low * np.float32(0.5), np.float32(0.5e-10))
+
+
+@jit(inline=True)
+def _int4_zero_points_scale(low, high, limit):
+    return _at_least(_half_width(low, high) / np.float32(7.5), limit)
+
+
+@jit(inline=True)
+def _uint8_zero_points_scale(low, high, limit):
+    return _at_least(_half_width(low, high) / np.float32(127.5), limit)
 
 
 @jit(inline=True)
@@ -197,17 +209,26 @@ def _int8_truncate(x, p, zero):
 
 
 @jit(inline=True)
-def _int4(x, p, zero):
-    q = np.int32(_nearest_integer(_cut(x / p, -np.float32(16), np.float32(16))) + np.int32(zero))
-    q = np.int32(0) if q < 0 else q
-    return np.uint8(np.int32(15) if q > 15 else q)
+def _unsigned(x, p, zero, most):
+    edge = np.float32(most + 1)
+    q = np.int32(_nearest_integer(_cut(x / p, -edge, edge)) + np.int32(zero))
+    return np.uint8(min(max(q, np.int32(0)), np.int32(most)))
 
 
 @jit(inline=True)
-def int4_zero_point(low, s):
-    """The code of zero, so that ``low`` is near code 0."""
-    zero = _nearest_integer(_cut(-low / s, np.float32(0), np.float32(15)))
-    return np.uint8(zero)
+def _int4(x, p, zero):
+    return _unsigned(x, p, zero, 15)
+
+
+@jit(inline=True)
+def _uint8(x, p, zero):
+    return _unsigned(x, p, zero, 255)
+
+
+@jit(inline=True)
+def zero_point(low, s, most):
+    """The code of zero, 0..most, so that ``low`` is near code 0."""
+    return np.uint8(_nearest_integer(_cut(-low / s, np.float32(0), np.float32(most))))
 
 
 @jit(inline=True)
@@ -226,18 +247,20 @@ def _from_int8(code, p, zero):
 
 
 @jit(inline=True)
-def _from_int4(code, p, zero):
+def _from_unsigned(code, p, zero):
     return np.float32(np.int32(code) - np.int32(zero)) * p
 
 
 SCALES = {
     "fp8": fp8_scale,
-    "fp8_ue8m0": fp8_ue8m0_scale,
+    "fp8_ue8m0": _fp8_ue8m0_scale,
     "fp8_group": fp8_group_scale,
-    "fp8_group_ue8m0": fp8_group_ue8m0_scale,
+    "fp8_group_ue8m0": _fp8_group_ue8m0_scale,
     "int8": int8_scale,
     "int4": int4_scale,
-    "int4_zero_points": int4_zero_points_scale,
+    "int4_zero_points": _int4_zero_points_scale,
+    "uint8": uint8_scale,
+    "uint8_zero_points": _uint8_zero_points_scale,
     "mxfp4": mxfp4_scale,
     "mxfp8": mxfp8_scale,
     "nvfp4": nvfp4_scale,
@@ -260,6 +283,7 @@ ENCODERS = {
     "int8_away": Rule(_same, _int8_away),
     "int8_truncate": Rule(_same, _int8_truncate),
     "int4": Rule(_same, _int4, True),
+    "uint8": Rule(_same, _uint8),
     "mxfp4": Rule(_inverse_e8m0, _e2m1_product, True),
     "mxfp8": Rule(_inverse_e8m0, _e4m3_product),
     "nvfp4": Rule(_inverse_nvfp4, _e2m1_product, True),
@@ -268,7 +292,8 @@ ENCODERS = {
 DECODERS = {
     "fp8": Rule(_same, _from_e4m3),
     "int8": Rule(_same, _from_int8),
-    "int4": Rule(_same, _from_int4, True),
+    "int4": Rule(_same, _from_unsigned, True),
+    "uint8": Rule(_same, _from_unsigned),
     "mxfp4": Rule(_e8m0, _from_e2m1, True),
     "mxfp8": Rule(_e8m0, _from_e4m3),
     "nvfp4": Rule(_nvfp4, _from_e2m1, True),

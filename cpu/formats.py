@@ -6,11 +6,13 @@ the low bits. A group is ``group_rows`` x ``group_cols`` elements of a matrix, f
 (l, n // group_rows, k // group_cols) of an (L, Nb, Kb) array. `limits` and `global_scale` are (L,) float32.
 """
 
+import functools
+
 import numpy as np
 
 from cumoe.cpu import bits, rows
 from cumoe.cpu._jit import jit
-from cumoe.cpu.format_rules import DECODERS, ENCODERS, SCALES, int4_zero_point
+from cumoe.cpu.format_rules import DECODERS, ENCODERS, SCALES, zero_point
 
 # small floats and plain integers that scales are stored as: dtype name -> (code to float32, float32 to code)
 _SCALE_CODECS = {**bits.CODECS, "uint8": (bits.float32_from_float32, bits.float32_from_float32)}
@@ -22,15 +24,21 @@ def _eight(zero_points, m, n, g):
 
 
 @jit(inline=True)
+def _half_of_256(zero_points, m, n, g):
+    return 128
+
+
+@jit(inline=True)
 def _stored(zero_points, m, n, g):
     return zero_points[m, n, g]
 
 
-# constants of the templates below; rows.run(...) sets them
+# constants of the templates below; jit(...) and rows.run(...) set them
 LOAD, STORE = bits.CODECS["float32"]
 SCALE = LOAD
 RULE = SCALES["fp8"]
 PREPARE, CODE, ZERO = ENCODERS["fp8"].prepare, ENCODERS["fp8"].code, _eight
+ROW = None
 
 
 def _row_extremes(first, last, arguments):
@@ -91,18 +99,18 @@ def scales(low, high, limits, rule, dtype, out):
 
 
 def _zero_points(first, last, arguments):
-    low, scale, out = arguments
+    low, scale, most, out = arguments
     num_rows = out.shape[1]
     for r in range(first, last):
         m, n = r // num_rows, r % num_rows
         for g in range(out.shape[2]):
-            out[m, n, g] = int4_zero_point(low[m, n, g], SCALE(scale[m, n, g]))
+            out[m, n, g] = zero_point(low[m, n, g], SCALE(scale[m, n, g]), most)
 
 
-def zero_points(low, scale, dtype, out):
-    """The int4 zero point of each group, 0..15; `dtype` names what the bits of `scale` mean."""
+def zero_points(low, scale, dtype, most, out):
+    """The zero point of each group, 0..most; `dtype` names what the bits of `scale` mean."""
     num_rows = out.shape[0] * out.shape[1]
-    rows.run(_zero_points, num_rows, out.size, (low, scale, out), SCALE=bits.CODECS[dtype][0])
+    rows.run(_zero_points, num_rows, out.size, (low, scale, most, out), SCALE=bits.CODECS[dtype][0])
 
 
 def _encode(first, last, arguments):
@@ -138,10 +146,11 @@ def encode(x, dtype, scale, scale_dtype, zero_points, global_scale, group_rows, 
     """
     Fill ``out`` with the codes of `x` by the rule `rule` of `ENCODERS`.
 
-    `scale_dtype` is "uint8" where the rule reads codes. `zero_points` (L, Nb, Kb) uint8 or None is used by int4.
+    `scale_dtype` is "uint8" where the rule reads codes. `zero_points` (L, Nb, Kb) uint8 or None is used by int4 and
+    uint8; None stands for 8 and 128.
     """
     chosen = ENCODERS[rule]
-    arguments = x, scale, _or_none(zero_points), global_scale, group_rows, group_cols, out
+    arguments = x, scale, or_none(zero_points), global_scale, group_rows, group_cols, out
     rows.run(
         _encode_packed if chosen.packed else _encode,
         x.shape[0] * x.shape[1],
@@ -151,55 +160,64 @@ def encode(x, dtype, scale, scale_dtype, zero_points, global_scale, group_rows, 
         SCALE=_SCALE_CODECS[scale_dtype][0],
         PREPARE=chosen.prepare,
         CODE=chosen.code,
-        ZERO=_eight if zero_points is None else _stored,
+        ZERO=_zero_of(rule, zero_points is not None),
     )
 
 
-def _decode(first, last, arguments):
-    codes, scale, zero_points, global_scale, group_rows, group_cols, out = arguments
-    num_rows, size = out.shape[1], out.shape[2]
-    for r in range(first, last):
-        m, n = r // num_rows, r % num_rows
-        s = n // group_rows
-        for g in range(scale.shape[2]):
-            p = PREPARE(SCALE(scale[m, s, g]), global_scale[m])
-            zero = ZERO(zero_points, m, s, g)
-            for k in range(g * group_cols, min((g + 1) * group_cols, size)):
-                out[m, n, k] = STORE(CODE(codes[m, n, k], p, zero))
+def _decode_row(codes, scale, zero_points, global_scale, m, n, group_rows, group_cols, out):
+    s, size = n // group_rows, out.size
+    for g in range(scale.shape[2]):
+        p = PREPARE(SCALE(scale[m, s, g]), global_scale[m])
+        zero = ZERO(zero_points, m, s, g)
+        for k in range(g * group_cols, min((g + 1) * group_cols, size)):
+            out[k] = STORE(CODE(codes[m, n, k], p, zero))
 
 
-def _decode_packed(first, last, arguments):
-    codes, scale, zero_points, global_scale, group_rows, group_cols, out = arguments
-    num_rows, size = out.shape[1], codes.shape[2]
-    half = group_cols // 2
-    for r in range(first, last):
-        m, n = r // num_rows, r % num_rows
-        s = n // group_rows
-        for g in range(scale.shape[2]):
-            p = PREPARE(SCALE(scale[m, s, g]), global_scale[m])
-            zero = ZERO(zero_points, m, s, g)
-            for i in range(g * half, min((g + 1) * half, size)):
-                pair = codes[m, n, i]
-                out[m, n, 2 * i] = STORE(CODE(np.uint8(pair & np.uint8(15)), p, zero))
-                out[m, n, 2 * i + 1] = STORE(CODE(np.uint8(pair >> np.uint8(4)), p, zero))
+def _decode_packed_row(codes, scale, zero_points, global_scale, m, n, group_rows, group_cols, out):
+    s, size, half = n // group_rows, codes.shape[2], group_cols // 2
+    for g in range(scale.shape[2]):
+        p = PREPARE(SCALE(scale[m, s, g]), global_scale[m])
+        zero = ZERO(zero_points, m, s, g)
+        for i in range(g * half, min((g + 1) * half, size)):
+            pair = codes[m, n, i]
+            out[2 * i] = STORE(CODE(np.uint8(pair & np.uint8(15)), p, zero))
+            out[2 * i + 1] = STORE(CODE(np.uint8(pair >> np.uint8(4)), p, zero))
 
 
-def decode(codes, scale, scale_dtype, zero_points, global_scale, group_rows, group_cols, rule, dtype, out):
-    """Fill ``out`` with the numbers of `codes` by the rule `rule` of `DECODERS`; arguments as in `encode`."""
+@functools.cache
+def decode_row(rule, scale_dtype, has_zero_points, dtype):
+    """The compiled loop over row n of matrix m: codes to numbers of `dtype`, by the rule `rule` of `DECODERS`."""
     chosen = DECODERS[rule]
-    arguments = codes, scale, _or_none(zero_points), global_scale, group_rows, group_cols, out
-    rows.run(
-        _decode_packed if chosen.packed else _decode,
-        out.shape[0] * out.shape[1],
-        out.size,
-        arguments,
+    return jit(
         STORE=bits.CODECS[dtype][1],
         SCALE=_SCALE_CODECS[scale_dtype][0],
         PREPARE=chosen.prepare,
         CODE=chosen.code,
-        ZERO=_eight if zero_points is None else _stored,
-    )
+        ZERO=_zero_of(rule, has_zero_points),
+    )(_decode_packed_row if chosen.packed else _decode_row)
 
 
-def _or_none(zero_points):
+def _decode(first, last, arguments):
+    codes, scale, zero_points, global_scale, group_rows, group_cols, out = arguments
+    num_rows = out.shape[1]
+    for r in range(first, last):
+        m, n = r // num_rows, r % num_rows
+        ROW(codes, scale, zero_points, global_scale, m, n, group_rows, group_cols, out[m, n])
+
+
+def decode(codes, scale, scale_dtype, zero_points, global_scale, group_rows, group_cols, rule, dtype, out):
+    """Fill ``out`` with the numbers of `codes` by the rule `rule` of `DECODERS`; arguments as in `encode`."""
+    arguments = codes, scale, or_none(zero_points), global_scale, group_rows, group_cols, out
+    row = decode_row(rule, scale_dtype, zero_points is not None, dtype)
+    rows.run(_decode, out.shape[0] * out.shape[1], out.size, arguments, ROW=row)
+
+
+def _zero_of(rule, has_zero_points):
+    if has_zero_points:
+        return _stored
+    return _half_of_256 if rule == "uint8" else _eight
+
+
+def or_none(zero_points):
+    """What stands for zero points that are not there."""
     return np.empty((0, 0, 0), np.uint8) if zero_points is None else zero_points

@@ -15,6 +15,7 @@ from cumoe._schemes import (
     DTYPES,
     Layout,
     Quantized,
+    Scheme,
     check_even,
     check_options,
     check_parts,
@@ -47,19 +48,21 @@ def quantize(
     ----------
     x : (..., N, K) array, float32, float16 or bfloat16
         Finite numbers: tokens (T, K), a weight (N, K) or those of all experts (E, N, K). Any strides.
-    scheme : {"fp8", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"}
+    scheme : {"fp8", "int8", "int4", "uint8", "mxfp4", "mxfp8", "nvfp4"}
         Number format of the codes and of the scales.
     group_shape : (int, int), optional
         Rows and columns that share a scale, -1 for a whole axis; groups at the ends may be smaller.
-        ``"fp8"`` and ``"int8"``: (-1, -1), a matrix, (1, -1), a row, or any other block. ``"int4"``: (1, 32),
-        (1, 64) or (1, 128). ``"mxfp4"``, ``"mxfp8"``: (1, 32). ``"nvfp4"``: (1, 16). Default: (-1, -1) for
-        ``"fp8"``, (1, -1) for ``"int8"``, (1, 128) for ``"int4"``.
+        ``"fp8"``, ``"int8"`` and ``"uint8"``: (-1, -1), a matrix, (1, -1), a row, or any other block.
+        ``"int4"``: (1, 32), (1, 64) or (1, 128). ``"mxfp4"``, ``"mxfp8"``: (1, 32). ``"nvfp4"``: (1, 16).
+        Default: (-1, -1) for ``"fp8"``, (1, -1) for ``"int8"``, (1, 128) for ``"int4"`` and ``"uint8"``.
     scale : (..., Nb, Kb) array, optional
-        Static scales, positive: one for each group, float32; for ``"int4"`` also float16 or bfloat16; uint8
-        or float8_e8m0fnu for the mx schemes; float8_e4m3fn for ``"nvfp4"``. Axes of length 1 at the end may
-        be left out. Computed from `x` if None; handed back without a copy if given, as are the next two.
-    zero_points : bool or (..., N/2, Kb) uint8 array, default False
-        ``"int4"`` only. True computes the code of zero of each group; False stands for 8.
+        Static scales, positive: one for each group, float32; for ``"int4"`` and ``"uint8"`` also float16 or
+        bfloat16; uint8 or float8_e8m0fnu for the mx schemes; float8_e4m3fn for ``"nvfp4"``. Axes of length 1
+        at the end may be left out. Computed from `x` if None; handed back without a copy if given, as are the
+        next two.
+    zero_points : bool or uint8 array, default False
+        ``"int4"``, (..., N/2, Kb), and ``"uint8"``, (..., Nb, Kb), only. True computes the code of zero of each
+        group; False stands for 8 and 128.
     global_scale : (...) float32 array, optional
         ``"nvfp4"`` only: a number for each matrix that its block scales are multiplied by. Computed from
         `x` if None.
@@ -80,8 +83,6 @@ def quantize(
     ValueError
         An unknown scheme, a shape that does not fit, an option that the scheme does not have, or an odd
         K, or N with zero points, where two codes share a byte.
-    NotImplementedError
-        Arrays on a GPU: there is no kernel yet.
 
     See Also
     --------
@@ -89,8 +90,8 @@ def quantize(
 
     Notes
     -----
-    The bits are defined: `cumoe.reference.formats` has every rule, and the call equals it bit for bit. In
-    short, with a the largest ``|x|`` of a group:
+    The bits are defined: `cumoe.reference.formats` has every rule, and the call equals it bit for bit, on the
+    CPU and on the GPU. The call does not wait for the device. In short, with a the largest ``|x|`` of a group:
 
     ====== ======================================================================================
     fp8    ``s = max(a / 448, 1 / (448 * 512))`` for a matrix or a row, ``max(a, 1e-10) / 448`` for
@@ -99,6 +100,7 @@ def quantize(
            scale, ties away from zero for a row, truncated for other groups
     int4   zero point 8 and ``s = max(max(x) / 7, min(x) / -8)``, or ``s = (max(x) - min(x)) / 15`` of
            numbers and 0, in the dtype of `x`; ``x / s`` with ties to even, plus the zero point
+    uint8  zero point 128 and ``s = max(a, 1e-10) / 127``, or ``s = (max(x) - min(x)) / 255`` as for int4
     mxfp4  e2m1 of ``x / 2**e``, ``e = floor(log2(a rounded to two bits)) - 2``
     mxfp8  e4m3 of ``x / 2**e``, ``e = ceil(log2(a / 448))``
     nvfp4  s = e4m3 of ``gs * a / 6``; e2m1 of ``x * (gs / s)``; ``gs = 448 * 6 / max(a, 1e-10)`` of the
@@ -138,9 +140,9 @@ def quantize(
     layout = Layout(tuple(x.shape), shape)
     check_even("x", layout, scheme, find_zeros or given is not None)
     check_parts(scheme, layout, scale, given, global_scale)
-    room = _room(side, "quantize")
 
-    xp, dtype, given_scale = side.xp, x.dtype.name, scale
+    xp, room = side.xp, _arrays.room(side.xp, "formats")
+    dtype, given_scale = x.dtype.name, scale
     inside = _arrays.bits(x).reshape(layout.flat)
     if scheme == "nvfp4" and global_scale is None:
         whole = layout._replace(group_shape=GroupShape.PER_TENSOR)
@@ -151,22 +153,25 @@ def quantize(
     if scale is None or find_zeros:
         low, high = _extremes(xp, room, inside, dtype, layout)
     if scale is None:
-        scale = xp.empty(layout.scale_shape, x.dtype if scheme == "int4" else np.dtype(rule.scales[0]))
+        scale = _empty(xp, layout.scale_shape, x.dtype if rule.largest_code else np.dtype(rule.scales[0]))
         limit: Any = 1.0
         if scheme == "fp8":
             limit = math.inf if scale_ub is None or scale_ub > _LARGEST else float(scale_ub)
-        elif scheme == "int4":
+        elif rule.largest_code:
             limit = float(ml_dtypes.finfo(x.dtype).smallest_subnormal)
         limits = _each(xp, layout, limit if global_scale is None else global_scale)
-        name = scale_rule(scheme, shape, find_zeros, use_ue8m0)
+        name = scale_rule(scheme, shape, find_zeros or given is not None, use_ue8m0)
         room.scales(low, high, limits, name, _stored_as(scale), _arrays.bits(scale).reshape(layout.groups))
     stored = _arrays.bits(scale).reshape(layout.groups)
-    zeros = None if given is None else _packing.unpacked(xp, given, -2).reshape(layout.groups)
+    zeros = _one_a_byte(xp, given, layout, rule)
     if find_zeros:
         zeros = xp.empty(layout.groups, np.uint8)
-        room.zero_points(low, stored, _stored_as(scale), zeros)
-        given = _packing.packed(xp, zeros, -2).reshape(layout.zero_points_shape)
-    values = xp.empty((*layout.shape[:-1], layout.shape[-1] // (2 if rule.is_packed else 1)), rule.codes)
+        room.zero_points(low, stored, _stored_as(scale), rule.largest_code, zeros)
+        if rule.is_packed:
+            given = _packing.packed(xp, zeros, -2).reshape(layout.packed_shape)
+        else:
+            given = zeros.reshape(layout.scale_shape)
+    values = _empty(xp, (*layout.shape[:-1], layout.shape[-1] // (2 if rule.is_packed else 1)), rule.codes)
     room.encode(
         inside,
         dtype,
@@ -190,7 +195,8 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
     Parameters
     ----------
     quantized : Quantized
-        What `quantize` gives, or arrays of a checkpoint put into one. A `zero_points` of None stands for 8.
+        What `quantize` gives, or arrays of a checkpoint put into one. A `zero_points` of None stands for 8, or
+        128 of ``"uint8"``.
     dtype : dtype or str, default "float32"
         float32, float16 or bfloat16.
 
@@ -205,8 +211,6 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
         Not a `Quantized`, or a part of it that has the wrong dtype.
     ValueError
         An unknown scheme or dtype, or a shape that does not fit.
-    NotImplementedError
-        Arrays on a GPU: there is no kernel yet.
 
     See Also
     --------
@@ -214,9 +218,11 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
 
     Notes
     -----
-    ``code * s``; ``(code - zero point) * s`` for ``"int4"``, ``code * (s / gs)`` for ``"nvfp4"``: every
-    operation rounded to float32, and the result once more to `dtype`. With the same scales, `quantize`
-    gives the same codes again, unless a number overflows `dtype` or falls into its subnormal range.
+    ``code * s``; ``(code - zero point) * s`` for ``"int4"`` and ``"uint8"``, ``code * (s / gs)`` for
+    ``"nvfp4"``: every operation rounded to float32, and the result once more to `dtype`. With the same scales,
+    `quantize` gives the same codes again, unless a number overflows `dtype` or falls into its subnormal range,
+    or `dtype` is bfloat16, whose 8 bits are too few for ``"uint8"`` with zero points. The call does not wait
+    for the device.
 
     Examples
     --------
@@ -239,7 +245,7 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
     _check.choice("dtype", name, DTYPES)
     _check.dtype("values", values, (rule.codes.name,))
     _check.given("scale", scale)
-    refuse("zero_points", zero_points is not None and scheme != "int4", f"for {scheme!r}")
+    refuse("zero_points", zero_points is not None and not rule.largest_code, f"for {scheme!r}")
     refuse("global_scale", global_scale is not None and scheme != "nvfp4", f"for {scheme!r}")
     if scheme == "nvfp4":
         _check.given("global_scale", global_scale)
@@ -248,15 +254,14 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
     layout = Layout((*values.shape[:-1], values.shape[-1] * (2 if rule.is_packed else 1)), shape)
     check_even("values", layout, scheme, zero_points is not None)
     check_parts(scheme, layout, scale, zero_points, global_scale)
-    room = _room(side, "dequantize")
 
     xp = side.xp
     out = xp.empty(layout.shape, np.dtype(name))
-    room.decode(
+    _arrays.room(xp, "formats").decode(
         _arrays.bits(values).reshape(*layout.flat[:2], values.shape[-1]),
         _arrays.bits(scale).reshape(layout.groups),
         _stored_as(scale),
-        None if zero_points is None else _packing.unpacked(xp, zero_points, -2).reshape(layout.groups),
+        _one_a_byte(xp, zero_points, layout, rule),
         _each(xp, layout, 1.0 if global_scale is None else global_scale),
         *layout.group,
         scheme,
@@ -266,10 +271,17 @@ def dequantize(quantized: Quantized, dtype: DType = "float32") -> Array:
     return side.leave(out)
 
 
-def _room(side: _arrays.Side, name: str) -> ModuleType:
-    if side.xp is not np:
-        raise NotImplementedError(f"no GPU kernel for {name} yet; available: NumPy arrays and tensors in host memory")
-    return _arrays.room(side.xp, "formats")
+def _empty(xp: ModuleType, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array of any dtype; the float8 family is only a label to CuPy."""
+    return xp.empty(shape, np.uint8).view(dtype) if dtype.itemsize == 1 else xp.empty(shape, dtype)
+
+
+def _one_a_byte(xp: ModuleType, zero_points: Array, layout: Layout, rule: Scheme) -> Array:
+    """Zero points as the rooms read them; None stays None."""
+    if zero_points is None:
+        return None
+    one_a_byte = _packing.unpacked(xp, zero_points, -2) if rule.is_packed else _arrays.bits(zero_points)
+    return one_a_byte.reshape(layout.groups)
 
 
 def _stored_as(scale: Array) -> str:

@@ -23,6 +23,7 @@ class Scheme(NamedTuple):
     scales: tuple[str, ...]
     group_shape: GroupShape
     groups: tuple[int, ...] = ()  # the columns of a group that there are; () for any
+    largest_code: int = 0  # of schemes with a zero point: half of one more stands for zero by default
 
 
 _E8M0 = ("float8_e8m0fnu", "uint8")
@@ -31,7 +32,8 @@ _UINT8 = np.dtype(np.uint8)
 SCHEMES = {
     "fp8": Scheme(FLOAT8_E4M3FN, False, ("float32",), GroupShape.PER_TENSOR),
     "int8": Scheme(INT8, False, ("float32",), GroupShape.PER_TOKEN),
-    "int4": Scheme(_UINT8, True, DTYPES, GroupShape(1, 128), (32, 64, 128)),
+    "int4": Scheme(_UINT8, True, DTYPES, GroupShape(1, 128), (32, 64, 128), largest_code=15),
+    "uint8": Scheme(_UINT8, False, DTYPES, GroupShape(1, 128), largest_code=255),
     "mxfp4": Scheme(_UINT8, True, _E8M0, GroupShape(1, 32), (32,)),
     "mxfp8": Scheme(FLOAT8_E4M3FN, False, _E8M0, GroupShape(1, 32), (32,)),
     "nvfp4": Scheme(_UINT8, True, ("float8_e4m3fn",), GroupShape(1, 16), (16,)),
@@ -44,16 +46,16 @@ class Quantized(NamedTuple):
 
     Attributes
     ----------
-    values : (..., N, K) array, float8_e4m3fn or int8, or (..., N, K/2) array, uint8
+    values : (..., N, K) array, float8_e4m3fn, int8 or uint8, or (..., N, K/2) array, uint8
         Codes; those of four bits two a byte along K, the even k in the low bits.
     scale : (..., Nb, Kb) array
         Scale of each group, of as many axes as the operand.
     scheme : str
-        ``"fp8"``, ``"int8"``, ``"int4"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``.
+        ``"fp8"``, ``"int8"``, ``"int4"``, ``"uint8"``, ``"mxfp4"``, ``"mxfp8"`` or ``"nvfp4"``.
     group_shape : GroupShape
         Rows and columns that share a scale, -1 for a whole axis.
-    zero_points : (..., N/2, Kb) array, uint8, or None
-        Codes of zero of ``"int4"``, two a byte along N; None stands for 8.
+    zero_points : (..., N/2, Kb) or (..., Nb, Kb) array, uint8, or None
+        Codes of zero: of ``"int4"``, two a byte along N, None for 8; of ``"uint8"``, one a byte, None for 128.
     global_scale : (...) array, float32, or None
         What the block scales of ``"nvfp4"`` are divided by to get a number back, one for each matrix.
 
@@ -79,10 +81,11 @@ class Quantized(NamedTuple):
         """
         The descriptor of this operand.
 
-        Its ``alpha_or_gscale`` is `global_scale`, as activations have it; the alphas of a weight are the
-        product of the inverse global scales of both operands.
+        Its ``dtype`` is int8 for both schemes of integers of eight bits. Its ``alpha_or_gscale`` is
+        `global_scale`, as activations have it; the alphas of a weight are the product of the inverse global
+        scales of both operands.
         """
-        dtype = {"fp8": FLOAT8_E4M3FN, "int8": INT8}.get(self.scheme, self.scheme)
+        dtype = {"fp8": FLOAT8_E4M3FN, "int8": INT8, "uint8": INT8}.get(self.scheme, self.scheme)
         return FusedMoEQuantDesc(dtype, self.group_shape, self.scale, self.global_scale, self.zero_points)
 
 
@@ -122,8 +125,8 @@ class Layout(NamedTuple):
         return (*self.shape[:-2], *self.groups[1:])
 
     @property
-    def zero_points_shape(self) -> tuple[int, ...]:
-        """(..., N/2, Kb), two a byte."""
+    def packed_shape(self) -> tuple[int, ...]:
+        """(..., N/2, Kb), of zero points two a byte; groups of one row."""
         return (*self.shape[:-2], self.shape[-2] // 2, self.groups[2])
 
 
@@ -160,8 +163,10 @@ def check_parts(scheme: str, layout: Layout, scale: Array, zero_points: Array, g
         if tuple(scale.shape) not in _without_ones(layout):
             _check.shape("scale", scale, _letters(layout.group_shape), layout.scale_shape)
     if zero_points is not None:
+        packed = SCHEMES[scheme].is_packed
+        letters, shape = ("(..., N/2, Kb)", layout.packed_shape) if packed else ("(..., Nb, Kb)", layout.scale_shape)
         _check.dtype("zero_points", zero_points, ("uint8",))
-        _check.shape("zero_points", zero_points, "(..., N/2, Kb)", layout.zero_points_shape)
+        _check.shape("zero_points", zero_points, letters, shape)
     if global_scale is not None:
         _check.dtype("global_scale", global_scale, ("float32",))
         lead = layout.shape[:-2]
@@ -170,11 +175,12 @@ def check_parts(scheme: str, layout: Layout, scale: Array, zero_points: Array, g
 
 
 def check_even(name: str, layout: Layout, scheme: str, zero_points: bool) -> None:
-    """Two codes share a byte along K, two zero points along N."""
+    """Two codes of four bits share a byte along K, two zero points along N."""
     *_, n, k = layout.shape
-    if SCHEMES[scheme].is_packed and k % 2:
+    packed = SCHEMES[scheme].is_packed
+    if packed and k % 2:
         raise ValueError(f"{name} must have an even last axis K for {scheme!r}, got shape {layout.shape}")
-    if zero_points and n % 2:
+    if packed and zero_points and n % 2:
         raise ValueError(f"{name} must have an even axis N for zero points, got shape {layout.shape}")
 
 
@@ -188,7 +194,7 @@ def check_options(
     use_ue8m0: bool,
 ) -> None:
     """Refuse options that a scheme does not have, or that do not go together."""
-    refuse("zero_points", has_zeros and scheme != "int4", f"for {scheme!r}", "False")
+    refuse("zero_points", has_zeros and not SCHEMES[scheme].largest_code, f"for {scheme!r}", "False")
     refuse("global_scale", has_global_scale and scheme != "nvfp4", f"for {scheme!r}")
     if has_scale and scheme == "nvfp4" and not has_global_scale:
         raise ValueError("global_scale must be given with scale for 'nvfp4', got None")
@@ -211,11 +217,9 @@ def refuse(name: str, wrong: bool, why: str, absent: str = "None") -> None:
 
 def scale_rule(scheme: str, shape: GroupShape, zero_points: bool, use_ue8m0: bool) -> str:
     """Name of the rule by which the rooms find dynamic scales."""
-    if scheme == "int4":
-        return "int4_zero_points" if zero_points else "int4"
     if scheme == "fp8":
         return "fp8" + "_group" * (min(shape) >= 1) + "_ue8m0" * bool(use_ue8m0)
-    return scheme
+    return scheme + "_zero_points" * zero_points
 
 
 def code_rule(scheme: str, shape: GroupShape, is_static: bool) -> str:

@@ -3,6 +3,10 @@
 template <int BYTES>
 struct Word;
 template <>
+struct Word<1> {
+    using Type = uint8;
+};
+template <>
 struct Word<2> {
     using Type = uint16;
 };

@@ -5,6 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from sides import back, on
 
 import cumoe
 from cumoe import GroupShape, Quantized
@@ -128,6 +129,29 @@ def test_int4_scales_have_the_dtype_of_the_numbers():
         assert (cumoe.quantize(x * 0, "int4", (1, 32)).scale > 0).all()
     smallest = 2.0**-24
     assert float(cumoe.quantize(np.zeros((1, 32), np.float16), "int4", (1, 32)).scale[0, 0]) == smallest
+
+
+def test_uint8_has_its_zero_in_the_middle(xp):
+    x = row(127, -127, 0, 0.5, 1.5, -0.5, -1.5, 63.5, up(0.5), down(-0.5))
+    quantized = cumoe.quantize(on(xp, x), "uint8", ROW)
+    assert back(quantized.scale).tolist() == [[1]]
+    assert quantized.zero_points is None
+    assert back(quantized.values).tolist() == [[255, 1, 128, 128, 130, 128, 126, 192, 129, 127]]
+    one = on(xp, np.ones((1, 1), ml_dtypes.bfloat16))
+    beyond = on(xp, row(127.5, 300, 1e30, -128, -128.5, -1e30))
+    assert back(cumoe.quantize(beyond, "uint8", ROW, scale=one).values).tolist() == [[255, 255, 255, 0, 0, 0]]
+    assert scale_of(0, "uint8", ROW) == F32(1e-10) / F32(127)
+
+
+def test_uint8_zero_points_have_a_byte_each(xp):
+    x = np.concatenate([row(0, 255, 10), row(-255, 0, -10), row(-55, 200, 0)])  # three rows: nothing is packed
+    quantized = cumoe.quantize(on(xp, x), "uint8", ROW, zero_points=True)
+    assert back(quantized.scale).tolist() == [[1], [1], [1]]
+    assert back(quantized.zero_points).tolist() == [[0], [255], [55]]
+    assert back(quantized.values).tolist() == [[0, 255, 10], [0, 255, 245], [0, 255, 55]]
+    assert back(cumoe.dequantize(quantized)).tolist() == x.tolist()
+    given = cumoe.quantize(on(xp, x), "uint8", ROW, scale=quantized.scale, zero_points=quantized.zero_points)
+    assert back(given.values).tolist() == back(quantized.values).tolist()
 
 
 @pytest.mark.parametrize(

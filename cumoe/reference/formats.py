@@ -19,26 +19,28 @@ fp8, use_ue8m0        the power of two at or above that
 int8                  ``max(a, 1e-10) / 127``
 int4                  ``max(max(hi, 1e-10) / 7, lo / -8)``, zero point 8
 int4, zero points     ``max(hi / 2 - lo / 2, 0.5e-10) / 7.5``, zero point ``-lo / s`` to the nearest, within 0..15
+uint8                 ``max(a, 1e-10) / 127``, zero point 128
+uint8, zero points    ``max(hi / 2 - lo / 2, 0.5e-10) / 127.5``, zero point ``-lo / s`` to the nearest, within 0..255
 mxfp4                 ``2**e``, e = (exponent of a, with 0x200000 added to its bits) - 2, at least -127
 mxfp8                 ``2**e``, the smallest with ``a <= 448 * 2**e``, e at least -127 (exact)
 nvfp4                 e4m3 of ``min(gs * a / 6, 448)``, where gs, one for each matrix, is ``2688 / max(a, 1e-10)``
 ===================== ==========================================================================================
 
-The scale of int4 is stored in the dtype of the operand, rounded to the nearest and at least its smallest positive
-number; the codes are those of the stored scale. Codes, float32 before the rounding:
+The scales of int4 and uint8 are stored in the dtype of the operand, rounded to the nearest and at least its smallest
+positive number; the codes are those of the stored scale. Codes, float32 before the rounding:
 
 ============================ ===================================================================================
 fp8, dynamic scale           `nearest` of ``x / s``
 fp8, static (given) scale    `nearest` of ``x * (1 / s)``
 int8, static scale           ``x / s``, ties to even
 int8, dynamic                the same per tensor; ties away from zero per token; truncated in other groups
-int4                         ``x / s``, ties to even, plus the zero point
+int4, uint8                  ``x / s``, ties to even, plus the zero point
 mxfp4, mxfp8                 `nearest` of ``x / 2**e``
 nvfp4                        `nearest` of ``x * (gs / s)``; 0 for gs / s if s = 0
 ============================ ===================================================================================
 
-Integers are cut to -128..127 and 0..15. A code is worth, float32: ``code * s``; int4 ``(code - zero point) * s``;
-nvfp4 ``code * (s / gs)``.
+Integers are cut to -128..127, 0..15 and 0..255. A code is worth, float32: ``code * s``; int4 and uint8
+``(code - zero point) * s``; nvfp4 ``code * (s / gs)``.
 """
 
 from typing import Any
@@ -63,6 +65,8 @@ _E2M1 = float_values(2, 1, 1)  # 0, .5, 1, 1.5, 2, 3, 4, 6
 E4M3 = np.concatenate([_E4M3, [np.nan], -_E4M3, [np.nan]])
 E2M1 = np.concatenate([_E2M1, -_E2M1])
 E8M0 = np.concatenate([2.0 ** np.arange(-127.0, 128.0), [np.nan]])
+
+LARGEST_CODE = {"int4": 15, "uint8": 255}  # of the schemes with a zero point; half of one more stands for zero
 
 
 def nearest(values: Array, table: Array) -> Array:
@@ -150,19 +154,21 @@ def int8_scale(low: Array, high: Array) -> Array:
     return np.maximum(absmax(low, high), np.float32(1e-10)) / np.float32(127)
 
 
-def int4_scale(low: Array, high: Array, zero_points: bool, dtype: np.dtype) -> Array:
-    """Scale of an int4 group, as `dtype` stores it."""
+def unsigned_scale(low: Array, high: Array, scheme: str, zero_points: bool, dtype: np.dtype) -> Array:
+    """Scale of an int4 or uint8 group, as `dtype` stores it."""
     if zero_points:
         half = np.maximum(high * np.float32(0.5) - low * np.float32(0.5), np.float32(0.5e-10))
-        s = half / np.float32(7.5)
-    else:
+        s = half / np.float32(LARGEST_CODE[scheme] / 2)
+    elif scheme == "int4":
         s = np.maximum(np.maximum(high, np.float32(1e-10)) / np.float32(7), low / np.float32(-8))
+    else:
+        s = int8_scale(low, high)
     return np.maximum(s.astype(dtype), ml_dtypes.finfo(dtype).smallest_subnormal)
 
 
-def int4_zero_point(low: Array, scale: Array) -> Array:
-    """Zero point of an int4 group."""
-    return integers(-low / scale.astype(np.float32), "even", 0, 15).astype(np.uint8)
+def zero_point(low: Array, scale: Array, scheme: str) -> Array:
+    """Zero point of an int4 or uint8 group."""
+    return integers(-low / scale.astype(np.float32), "even", 0, LARGEST_CODE[scheme]).astype(np.uint8)
 
 
 def mxfp4_scale(low: Array, high: Array) -> Array:
@@ -207,11 +213,11 @@ def encode_int8(x: Array, s: Array, rounding: str) -> Array:
         return integers(x.astype(np.float32) / s, rounding, -128, 127).astype(np.int8)
 
 
-def encode_int4(x: Array, s: Array, zero_point: Array) -> Array:
-    """int4 codes, 0..15."""
+def encode_unsigned(x: Array, s: Array, zero_point: Array, scheme: str) -> Array:
+    """int4 or uint8 codes."""
     with np.errstate(all="ignore"):
-        ratio = np.clip(x.astype(np.float32) / s.astype(np.float32), -99, 99)
-    return np.clip(integers(ratio, "even", -99, 99) + zero_point, 0, 15).astype(np.uint8)
+        ratio = x.astype(np.float32) / s.astype(np.float32)
+    return np.clip(integers(ratio, "even", -999, 999) + zero_point, 0, LARGEST_CODE[scheme]).astype(np.uint8)
 
 
 def encode_mx(x: Array, s: Array, scheme: str) -> Array:
@@ -232,7 +238,7 @@ def decode(codes: Array, s: Array, scheme: str, zero_point: Array = None, global
     with np.errstate(all="ignore"):
         if scheme == "int8":
             return codes.astype(np.float32) * s
-        if scheme == "int4":
+        if scheme in LARGEST_CODE:
             return (codes.astype(np.float32) - zero_point.astype(np.float32)) * s.astype(np.float32)
         value = (E4M3 if scheme in ("fp8", "mxfp8") else E2M1)[codes].astype(np.float32)
         if scheme == "fp8":

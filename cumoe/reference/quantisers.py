@@ -1,8 +1,8 @@
 """
 The quantisers in one piece: an operand to codes as they are stored, scales, zero points and global scale, and back.
 
-Scales are float32, the dtype of the operand (int4), or uint8 codes of e8m0 and e4m3. Codes and zero points come packed
-where a byte holds two. The rules are in `formats`.
+Scales are float32, the dtype of the operand (int4, uint8), or uint8 codes of e8m0 and e4m3. Codes and zero points of
+four bits come packed, two a byte. The rules are in `formats`.
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +44,8 @@ def quantize(
         scale = {
             "fp8": lambda: formats.fp8_scale(low, high, by_row, scale_ub, use_ue8m0),
             "int8": lambda: formats.int8_scale(low, high),
-            "int4": lambda: formats.int4_scale(low, high, zero_points is not False, x.dtype),
+            "int4": lambda: formats.unsigned_scale(low, high, scheme, zero_points is not False, x.dtype),
+            "uint8": lambda: formats.unsigned_scale(low, high, scheme, zero_points is not False, x.dtype),
             "mxfp4": lambda: formats.mxfp4_scale(low, high),
             "mxfp8": lambda: formats.mxfp8_scale(low, high),
             "nvfp4": lambda: formats.nvfp4_scale(low, high, global_scale),
@@ -61,18 +62,23 @@ def quantize(
         return Parts(formats.pack(formats.encode_mx(x, s, scheme), -1), scale)
     if scheme == "nvfp4":
         return Parts(formats.pack(formats.encode_nvfp4(x, s, global_scale), -1), scale, None, global_scale)
+    packs = scheme == "int4"
     if zero_points is False:
-        return Parts(formats.pack(formats.encode_int4(x, s, np.uint8(8)), -1), scale)
-    zeros = formats.int4_zero_point(low, scale) if zero_points is True else formats.unpack(zero_points, -2)
-    codes = formats.encode_int4(x, s, formats.spread(zeros, x.shape, rows, cols))
-    return Parts(formats.pack(codes, -1), scale, formats.pack(zeros, -2))
+        codes = formats.encode_unsigned(x, s, np.uint8(8 if packs else 128), scheme)
+        return Parts(formats.pack(codes, -1) if packs else codes, scale)
+    if zero_points is True:
+        zeros = formats.zero_point(low, scale, scheme)
+    else:
+        zeros = formats.unpack(zero_points, -2) if packs else zero_points
+    codes = formats.encode_unsigned(x, s, formats.spread(zeros, x.shape, rows, cols), scheme)
+    return Parts(*(formats.pack(codes, -1), scale, formats.pack(zeros, -2)) if packs else (codes, scale, zeros))
 
 
 def dequantize(parts: Parts, scheme: str, rows: int, cols: int) -> Array:
     """Numbers of what is stored, float32."""
     codes = formats.unpack(parts.values, -1) if scheme in ("int4", "mxfp4", "nvfp4") else parts.values
-    zeros = np.full(parts.scale.shape, 8, np.uint8)
+    zeros = np.full(parts.scale.shape, 8 if scheme == "int4" else 128, np.uint8)
     if parts.zero_points is not None:
-        zeros = formats.unpack(parts.zero_points, -2)
+        zeros = formats.unpack(parts.zero_points, -2) if scheme == "int4" else parts.zero_points
     s, zeros = (formats.spread(one, codes.shape, rows, cols) for one in (parts.scale, zeros))
     return formats.decode(codes, s, scheme, zeros, parts.global_scale)
