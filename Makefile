@@ -40,7 +40,7 @@ test: $(VENV)/.test
 test-gpu: $(VENV)/.test $(VENV)/.$(CUDA_EXTRA)
 	$(TEST_ENV) $(BIN)/pytest -n 4 -k "cupy or cuda or gpu or test_load or large_layers" $(ARGS)
 
-sanitize: $(VENV)/.$(CUDA_EXTRA)
+sanitize: $(VENV)/.test $(VENV)/.$(CUDA_EXTRA)
 	$(BIN)/python tests/sanitize_kernels.py $(ARGS)
 
 compile: $(VENV)/.compile

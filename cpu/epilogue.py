@@ -1,8 +1,8 @@
 """
-What happens to a tile of float32 sums: bias, router weight, rounding, activation, store.
+What happens to a tile of float32 sums: factors of quantised operands, bias, router weight, rounding, activation, store.
 
-The order is the reference's: ``h = (sum + bias) * scale``, rounded to the dtype of the activations,
-then the activation, rounded again. The sums of a panel are in the cache, the gate half and the up half
+The order is the reference's: ``h = (sum * (row factor * column factor) + bias) * scale``, rounded to the dtype of the
+activations, then the activation, rounded again. The sums of a panel are in the cache, the gate half and the up half
 (of a plain product: the first and the second half of the columns) each in one piece, so that the loops run
 over many consecutive elements and become vector code. `codes` holds the results before they are copied
 to their rows.
@@ -68,8 +68,10 @@ def _activate(gate, up, alpha, beta, limit, codes):
 
 @jit(inline=True)
 def _add_bias_and_scale(problem, sums, half, expert, first, row0, rows, column0, width):
-    """``sums[r, j] = (sums[r, j] + bias of output column0 + j) * output_scale[pair of row]``, where given."""
+    """``sums[r, j] = (sums[r, j] * factors + bias of output column0 + j) * output_scale[pair of row]``, where given."""
     p = problem
+    if p.row_factor.size or p.column_factor.size:
+        _multiply_by_factors(p, sums, half, expert, first, row0, rows, column0, width)
     if p.bias.size:
         bias = p.bias[expert, first + column0 * p.distance :]
         for r in range(rows):
@@ -80,6 +82,26 @@ def _add_bias_and_scale(problem, sums, half, expert, first, row0, rows, column0,
             scale = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
             for j in range(half):
                 sums[r, j] *= scale
+
+
+@jit(inline=True)
+def _multiply_by_factors(problem, sums, half, expert, first, row0, rows, column0, width):
+    """``sums[r, j] *= row_factor[source of row] * column_factor[output column0 + j]``, 1 for what is not there."""
+    p = problem
+    for r in range(rows):
+        source = row0 + r
+        if p.top_k:
+            source = (np.int64(p.permuted_idx[source]) if p.permuted_idx.size else source) // p.top_k
+        factor = p.row_factor[source] if p.row_factor.size else np.float32(1)
+        if p.column_factor.shape[1] > 1:
+            column = p.column_factor[expert, first + column0 * p.distance :]
+            for j in range(min(half, width)):
+                sums[r, j] *= np.float32(factor * column[j * p.distance])
+        else:
+            if p.column_factor.size:
+                factor = np.float32(factor * p.column_factor[expert, 0])
+            for j in range(min(half, width)):
+                sums[r, j] *= factor
 
 
 @jit(inline=True)

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _amx, _intrinsics, _threads, microkernel, pack
+from cumoe.cpu import _amx, _intrinsics, _threads, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.epilogue import epilogue
 
@@ -30,9 +30,12 @@ def grouped_gemm(
     top_k,
     input_scale,
     weights,
+    weight_format,
     expert_first_token_offset,
     bias,
     output_scale,
+    row_factor,
+    column_factor,
     activation,
     interleaved,
     alpha,
@@ -43,18 +46,24 @@ def grouped_gemm(
     schedule,
     block_rows,
     ahead,
+    expanded,
     out,
 ):
     """
-    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
+    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)``.
 
     Row r belongs to expert e where ``offset[e] <= r < offset[e + 1]`` and reads
     ``x[permuted_idx[r] // top_k]``, or ``x[r]`` if `top_k` is 0. The scales (T*k,) are indexed by pair,
     which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
     (E, N, K) or packed (`pack.panel_shape`), `activation` "" or a name of `act.SCALAR`;
     `dtype` names what the bits of `x`, `weights` and `out` mean.
-    Rows outside every expert are neither read nor written. `schedule`, `block_rows` and `ahead` are for the
-    GPU side.
+
+    With a `weight_format`, `weights` are codes, not packed, and the operand is what `formats.decode` makes of them.
+    The factors are ``row_factor[source(r)] * column_factor[expert of r, row of the weights]``; `row_factor` is (rows
+    of x,), `column_factor` (E, N), or (E, 1) for one that all rows of a matrix share.
+
+    Rows outside every expert are neither read nor written. `schedule`, `block_rows`, `ahead` and `expanded` are for
+    the GPU side.
     """
     kern = microkernel.choose(dtype, kernel)
     gated = bool(activation) and not activation.endswith("_no_mul")
@@ -62,7 +71,8 @@ def grouped_gemm(
     order = pack.row_order(2 * outputs if gated else outputs, gated, interleaved)
     side = kern.columns // 2 if gated else kern.columns
     panels = -(-outputs // side)
-    k_padded = -(-x.shape[1] // kern.k_step) * kern.k_step
+    k = x.shape[1]
+    k_padded = -(-k // kern.k_step) * kern.k_step
     row_dtype = np.uint16 if kern.row_dtype == "bfloat16" else np.float32
     most_rows = max(kern.max_rows, min(_MAX_ROWS, _MAX_ROWS_BYTES // (k_padded * row_dtype().itemsize)))
     most_rows = most_rows // kern.max_rows * kern.max_rows
@@ -73,16 +83,19 @@ def grouped_gemm(
         return
     workers = min(workers, len(tasks))
     task_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
-    packed = weights.ndim == 5
+    packed, coded = weights.ndim == 5, weight_format is not None
     problem = _Problem(
         x,
         permuted_idx,
         top_k,
         input_scale,
-        weights if packed else _NO_PANELS[weights.dtype.name],
-        _NO_WEIGHTS[weights.dtype.name] if packed else weights,
+        weights if packed else _NO_PANELS[x.dtype.name],
+        _NO_WEIGHTS[x.dtype.name] if packed else decoded_panel.codes(weights, weight_format) if coded else weights,
+        *decoded_panel.arguments(weight_format),
         bias,
         output_scale,
+        row_factor,
+        column_factor,
         *order[:3],
         side,
         k_padded,
@@ -93,10 +106,12 @@ def grouped_gemm(
         out,
     )
     row_blocks = np.empty((workers, task_rows * k_padded), row_dtype)
-    panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), weights.dtype)
+    panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), x.dtype)
+    decoded = np.empty((workers, 1, kern.columns if coded else 0, k), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
     codes = np.empty((workers, task_rows * kern.columns // 2), out.dtype)
-    _loop(kern, dtype, activation)(problem, tasks, np.zeros(1, np.int64), row_blocks, panel_blocks, sums, codes)
+    loop = _loop(kern, dtype, activation, decoded_panel.names(weight_format))
+    loop(problem, tasks, np.zeros(1, np.int64), row_blocks, decoded, panel_blocks, sums, codes)
     _threads.warn_if_slow()
 
 
@@ -118,9 +133,16 @@ class _Problem(NamedTuple):
     top_k: int
     input_scale: Any
     panels: Any  # packed weights, or empty
-    weights: Any  # plain weights, or empty
+    weights: Any  # plain weights or codes, or empty
+    scale: Any  # of the codes: decoded_panel.arguments
+    zero_points: Any
+    global_scale: Any
+    group_rows: int
+    group_cols: int
     bias: Any
     output_scale: Any
+    row_factor: Any
+    column_factor: Any
     first_gate: int  # of a weight row: pack.row_order
     first_up: int
     distance: int
@@ -138,8 +160,8 @@ _NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")
 
 
 @functools.cache
-def _loop(kernel, dtype, activation):
-    """The compiled loop over tasks."""
+def _loop(kernel, dtype, activation, coded):
+    """The compiled loop over tasks; `coded` is `decoded_panel.names`."""
     multiply = jit(
         tile=kernel.tile,
         max_rows=kernel.max_rows,
@@ -151,11 +173,16 @@ def _loop(kernel, dtype, activation):
     worker = jit(
         multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
-        pack_panel=pack.pack_panel(kernel),
+        pack_panel=decoded_panel.pack_decoded(kernel, dtype, *coded) if coded else _pack_plain(kernel),
         finish=epilogue(activation, dtype, kernel.columns // 2),
         release=_amx.release if kernel.name == "amx" else _nothing,
     )(_work)
     return jit(parallel=True, worker=worker)(_all_workers)
+
+
+@functools.cache
+def _pack_plain(kernel):
+    return jit(pack_one=pack.pack_panel(kernel))(_pack_plain_panel)
 
 
 @jit()
@@ -195,12 +222,17 @@ def _nothing():
 
 max_rows = row_group = k_step = ahead_bytes = 0
 fetches_next = False
-tile = multiply = pack_rows = pack_panel = finish = release = worker = None
+tile = multiply = pack_one = pack_rows = pack_panel = finish = release = worker = None
 
 
-def _all_workers(problem, tasks, counter, row_blocks, panel_blocks, sums, codes):
+def _all_workers(problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes):
     for w in prange(row_blocks.shape[0]):
-        worker(problem, tasks, counter.ctypes.data, row_blocks[w], panel_blocks[w], sums[w], codes[w])
+        worker(problem, tasks, counter.ctypes.data, row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w])
+
+
+def _pack_plain_panel(problem, expert, panel, decoded, target):
+    p = problem
+    pack_one(p.weights, expert, panel, p.first_gate, p.first_up, p.distance, p.out.shape[1], target)
 
 
 def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pass, more, sums):
@@ -245,11 +277,11 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
             first_row += block_rows
 
 
-def _work(problem, tasks, counter, row_block, panel_block, sums, codes):
+def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes):
     """Take tasks until none is left."""
     p = problem
     outputs = p.out.shape[1]
-    panel_bytes = p.k_padded * 2 * sums.shape[2] * p.weights.itemsize
+    panel_bytes = p.k_padded * 2 * sums.shape[2] * panel_block.itemsize
     while True:
         task = _intrinsics.next_task(counter)
         if task >= tasks.shape[0]:
@@ -260,7 +292,7 @@ def _work(problem, tasks, counter, row_block, panel_block, sums, codes):
             if p.panels.size:
                 panel_address = p.panels.ctypes.data + (expert * p.panels.shape[1] + panel) * panel_bytes
             else:
-                pack_panel(p.weights, expert, panel, p.first_gate, p.first_up, p.distance, outputs, panel_block)
+                pack_panel(p, expert, panel, decoded, panel_block)
                 panel_address = panel_block.ctypes.data
             multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, p.panels.size > 0, sums)
             finish(p, sums, codes, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))

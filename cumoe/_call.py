@@ -7,119 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe import _arrays, _check, _plan
+from cumoe import _arrays, _check, _plan, _quantised_rows
 from cumoe._arrays import Array
-from cumoe._experts import Experts, make_experts, weight_arrays
+from cumoe._experts import Experts, for_rows, make_experts, weight_arrays
 from cumoe._kernel_choice import choose_kernel, rows_are_aligned
+from cumoe._piece import Piece, Scratch
 from cumoe._prepare import PreparedExperts
 from cumoe._workspace import Workspace, given_workspace
 
 _IDS = ("int32", "int64", "uint32")
 _WEIGHTS = ("float32", "float64", "float16", "bfloat16")
 ON_INPUT = (False, True, "hidden_states", "accumulator")
-
-
-class Scratch(NamedTuple):
-    """Memory between the steps of one piece."""
-
-    expert_first_token_offset: Any  # (E + 1,) int64
-    permuted_idx: Any  # (T*k,) int32, row -> pair
-    inv_permuted_idx: Any  # (T, k) int32, pair -> row, -1 if skipped
-    schedule: Any  # int32, which rows of which expert belong together; empty on the CPU
-    activated: Any  # (T*k, I)
-    rows: Any  # (T*k, H)
-
-
-class Piece(NamedTuple):
-    """The steps of the layer for some tokens; every array is checked, allocated and bits."""
-
-    xp: ModuleType
-    x: Any
-    experts: Experts
-    topk_weights: Any
-    topk_ids: Any
-    expert_map: Any
-    on_input: bool | str
-    scratch: Scratch
-    block_rows: int
-    out: Any
-
-    def sort(self) -> None:
-        """Sort the pairs by expert, and list which rows belong together."""
-        if self.topk_ids.size == 0:  # k = 0: nothing to sort or to multiply
-            return
-        s = self.scratch
-        _arrays.room(self.xp, "permute").sort_by_expert(
-            self.topk_ids,
-            self.expert_map,
-            s.expert_first_token_offset,
-            s.permuted_idx,
-            s.inv_permuted_idx,
-            s.schedule,
-            self.block_rows,
-        )
-
-    def first_product(self) -> None:
-        """First product, with gather, bias and activation."""
-        if self.topk_ids.size == 0:
-            return
-        e, s = self.experts, self.scratch
-        weights, nothing = self.topk_weights.reshape(-1), self.topk_weights.reshape(-1)[:0]
-        _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
-            self.x,
-            s.permuted_idx,
-            self.topk_ids.shape[1],
-            weights if self.on_input in (True, "hidden_states") else nothing,
-            e.w1,
-            s.expert_first_token_offset,
-            e.w1_bias,
-            weights if self.on_input == "accumulator" else nothing,
-            e.activation,
-            e.is_interleaved,
-            e.alpha,
-            e.beta,
-            e.limit,
-            e.dtype,
-            e.kernel,
-            s.schedule,
-            self.block_rows,
-            False,
-            s.activated,
-        )
-
-    def second_product(self) -> None:
-        """Second product, with bias and router weight."""
-        if self.topk_ids.size == 0:
-            return
-        e, s = self.experts, self.scratch
-        weights = self.topk_weights.reshape(-1)
-        _arrays.room(self.xp, "grouped_gemm").grouped_gemm(
-            s.activated,
-            s.permuted_idx,
-            0,
-            weights[:0],
-            e.w2,
-            s.expert_first_token_offset,
-            e.w2_bias,
-            weights[:0] if self.on_input else weights,
-            "",
-            False,
-            0.0,
-            0.0,
-            0.0,
-            e.dtype,
-            e.kernel,
-            s.schedule,
-            self.block_rows,
-            True,
-            s.rows,
-        )
-
-    def add_up(self) -> None:
-        """Add the rows of each token."""
-        _arrays.room(self.xp, "unpermute").unpermute(
-            self.scratch.rows, None, self.scratch.inv_permuted_idx, self.out, self.experts.dtype
-        )
 
 
 class Call(NamedTuple):
@@ -151,7 +49,10 @@ class Call(NamedTuple):
             empty((self.shares.schedule_size,), np.int32),
             empty((most * top_k, e.intermediate_size), bits),
             empty((most * top_k, e.hidden_size), bits),
+            *(None, None),
+            empty((self.shares.expanded,), bits),
         )
+        tokens, between = self._spaces(most, scratch.activated, bits, empty)
         for first in range(0, num_tokens, most):
             last = min(first + most, num_tokens)
             rows = (last - first) * top_k
@@ -170,10 +71,27 @@ class Call(NamedTuple):
                     scratch.schedule,
                     scratch.activated[:rows],
                     scratch.rows[:rows],
+                    tokens and tokens.first(rows if tokens.rows.is_by_expert else last - first),
+                    between and between.first(rows),
+                    scratch.expanded,
                 ),
                 self.shares.block_rows,
                 _arrays.bits(self.out)[first:last],
+                self.workspace,
             )
+
+    def _spaces(
+        self, num_tokens: int, activated: Any, bits: Any, empty: Any
+    ) -> tuple[_quantised_rows.Space | None, _quantised_rows.Space | None]:
+        """Memory for the quantised rows of both products; None where they are not."""
+        scheme, tokens, between = self.experts.scheme, None, None
+        if scheme is not None and scheme.a1 is not None:
+            num_rows = len(activated) if scheme.a1.is_by_expert else num_tokens
+            tokens = _quantised_rows.space(scheme.a1, num_rows, self.experts.hidden_size, bits, empty)
+        if scheme is not None and scheme.a2 is not None:
+            num_rows, size = activated.shape
+            between = _quantised_rows.space(scheme.a2, num_rows, size, bits, empty, activated)
+        return tokens, between
 
     def result(self) -> Array:
         """The output in the caller's kind."""
@@ -200,8 +118,9 @@ def enter_call(
 ) -> Call:
     """Check everything once; nothing after this looks at an argument again. `taken` bytes of `workspace` are in use."""
     is_prepared = isinstance(w1, PreparedExperts)
+    own = {} if is_prepared else weight_arrays(w1, w2, quant_config)
     side, inside = _arrays.enter(
-        **({} if is_prepared else weight_arrays(w1, w2, quant_config)),
+        **own,
         hidden_states=hidden_states,
         topk_weights=topk_weights,
         topk_ids=topk_ids,
@@ -214,9 +133,10 @@ def enter_call(
     lent = contextlib.nullcontext if space is None else space.lent
     with lent():
         if isinstance(w1, PreparedExperts):
-            experts = _prepared(x, w1, w2, activation, quant_config)
+            experts = _prepared(side.xp, x, w1, w2, activation, quant_config)
         else:
-            experts = make_experts(side.xp, inside[:4], activation, quant_config, x)
+            own = dict(zip(own, inside, strict=False))
+            experts = make_experts(side.xp, own, activation, quant_config, x)
     _check.choice("apply_router_weight_on_input", on_input, ON_INPUT)
     _check.ndim("hidden_states", x, "(T, H)", 2)
     _check.ndim("topk_ids", ids, "(T, k)", 2)
@@ -232,8 +152,13 @@ def enter_call(
     if check:
         _check_values(x, weights, ids, expert_map, num_global, experts.num_experts)
     inputs = {"hidden_states": x, "topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
-    if not is_prepared:  # else nobody else holds their memory; as they came: converted, they are in the workspace
-        inputs |= dict(zip(("w1", "w2", "w1_bias", "w2_bias"), inside, strict=False))
+    inputs |= own  # nobody else holds the memory of prepared ones; as they came: converted, they are in the workspace
+    on_tokens = on_input in (True, "hidden_states")
+    if on_tokens and experts.scheme is not None and experts.scheme.a1 is not None and top_k != 1:
+        raise NotImplementedError(
+            f"no kernel for apply_router_weight_on_input={on_input!r} and quantised activations with k = {top_k}; "
+            "available: k = 1"
+        )
     if out is None:
         out = side.xp.empty((num_tokens, hidden_size), x.dtype)
     else:
@@ -248,11 +173,26 @@ def enter_call(
         expert_map = side.xp.empty(0, np.int32) if expert_map is None else _arrays.bits(expert_map)
     if backend is not None or side.xp is not np:
         experts = experts._replace(kernel=_kernel(side.xp, experts, backend, on_input, is_prepared, x, out))
-    sizes = _plan.Sizes(top_k, experts.num_experts, hidden_size, experts.intermediate_size, experts.dtype)
+    sizes = _sizes(top_k, experts)
     shares = _plan.share_out(side.xp, experts.kernel, num_tokens, sizes, workspace_limit)
+    if shares.tokens_per_piece < num_tokens and any(
+        rows is not None and rows.is_batch_wide for rows in (sizes.a1, sizes.a2)
+    ):
+        raise ValueError(
+            f"workspace_limit must hold all {num_tokens} tokens where one scale serves them, got {workspace_limit}; "
+            "give static scales, or one a token"
+        )
     if space is not None and num_tokens:
         space.must_hold(_plan.scratch_bytes(sizes, shares))
     return Call(side, x, experts, weights, ids, expert_map, on_input, out, space, shares)
+
+
+def _sizes(top_k: int, experts: Experts) -> _plan.Sizes:
+    """What the scratch depends on."""
+    e, scheme = experts, experts.scheme
+    decodes = 0 if scheme is None else e.num_experts * (1 + e.is_gated) * e.intermediate_size * e.hidden_size
+    rows = (None, None) if scheme is None else (scheme.a1, scheme.a2)
+    return _plan.Sizes(top_k, e.num_experts, e.hidden_size, e.intermediate_size, e.dtype, *rows, decodes)
 
 
 def _kernel(
@@ -267,7 +207,7 @@ def _kernel(
         experts.intermediate_size,
         experts.aligned and (xp is np or rows_are_aligned(x, out)),
         on_input in (True, "hidden_states"),
-        experts.kernel if is_prepared else None,
+        experts.kernel if is_prepared and experts.scheme is None else None,
     )
 
 
@@ -311,7 +251,7 @@ def _length(array: Any, num_axes: int) -> int | None:
     return int(shape[0]) if len(shape) == num_axes else None
 
 
-def _prepared(x: Array, w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
+def _prepared(xp: ModuleType, x: Array, w1: PreparedExperts, w2: Any, activation: str, quant_config: Any) -> Experts:
     if w2 is not None:
         raise TypeError(f"w2 must be None when w1 is PreparedExperts, got {type(w2).__name__}")
     if quant_config is not None:
@@ -320,7 +260,7 @@ def _prepared(x: Array, w1: PreparedExperts, w2: Any, activation: str, quant_con
         raise ValueError(f"activation must be that of w1 = {w1.activation!r}, got {activation!r}; prepare w1 for it")
     if x is not None and _arrays.place(x) != w1.device:
         raise TypeError(f"hidden_states must be where w1 was prepared = {w1.device}, got {_arrays.place(x)}")
-    return w1.experts
+    return w1.experts if w1.experts.scheme is None else for_rows(xp, w1.experts, x)
 
 
 def _global_experts(experts: Experts, expert_map: Any, global_num_experts: int | None) -> int:

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe import _arrays, _check
+from cumoe import _arrays, _check, _layer_scheme
 from cumoe._act import is_gated, is_interleaved, parameters
 from cumoe._arrays import Array
 from cumoe._kernel_choice import choose_kernel, rows_are_aligned
 from cumoe._quant_config import FusedMoEQuantConfig
-from cumoe._quant_desc import dtype_name
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -18,11 +17,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Experts(NamedTuple):
     """Weights as kernels see them; sizes and names in the words of design.md."""
 
-    w1: Any  # bits: (E, 2I, H) or packed
-    w2: Any  # bits: (E, H, I) or packed
+    w1: Any  # bits: (E, 2I, H) or packed; or codes
+    w2: Any  # bits: (E, H, I) or packed; or codes
     w1_bias: Any  # float32 (E, 2I), or (0, 0)
     w2_bias: Any  # float32 (E, H), or (0, 0)
-    dtype: str
+    dtype: str  # of the activations
     num_experts: int
     hidden_size: int
     intermediate_size: int
@@ -32,6 +31,7 @@ class Experts(NamedTuple):
     limit: float  # inf: no clamp
     kernel: str
     aligned: bool  # rows begin where every kernel of the side can load them
+    scheme: _layer_scheme.Scheme | None = None  # how codes become numbers, and rows codes
 
     @property
     def is_gated(self) -> bool:
@@ -46,29 +46,36 @@ class Experts(NamedTuple):
 
 def weight_arrays(w1: Array, w2: Array, quant_config: Any) -> dict[str, Array]:
     """The arrays that the weights of a call consist of, by name; None where there is none."""
-    refuse_quantised(quant_config)
+    quantised = _layer_scheme.is_quantised(quant_config)
     w1_bias, w2_bias = (None, None) if quant_config is None else (quant_config.w1_bias, quant_config.w2_bias)
-    return {"w1": w1, "w2": w2, "w1_bias": w1_bias, "w2_bias": w2_bias}
+    arrays = {"w1": w1, "w2": w2, "w1_bias": w1_bias, "w2_bias": w2_bias}
+    return arrays | _layer_scheme.parts(quant_config) if quantised else arrays
 
 
 def make_experts(
-    xp: ModuleType, arrays: list[Array], activation: str, quant_config: Any, hidden_states: Array = None
+    xp: ModuleType, arrays: dict[str, Array], activation: str, quant_config: Any, hidden_states: Array = None
 ) -> Experts:
     """
     Check weights, biases and activation against each other; arrays that kernels cannot read are converted.
 
-    `arrays` are those of `weight_arrays`, taken in.
+    `arrays` are those of `weight_arrays`, taken in. Quantised weights take their dtype from `hidden_states`; without
+    them it is "", for `for_rows` to fill in.
     """
-    w1, w2, w1_bias, w2_bias = arrays
+    w1, w2 = arrays["w1"], arrays["w2"]
     alpha, beta, limit = parameters(activation, quant_config)
-    hidden_size, intermediate_size = check_weights(w1, w2, activation, hidden_states)
+    scheme: _layer_scheme.Scheme | None = None
+    if _layer_scheme.is_quantised(quant_config):
+        hidden_size, intermediate_size, scheme = _quantised(xp, arrays, activation, quant_config, hidden_states)
+        dtype, bits = "", (_arrays.bits(w1), _arrays.bits(w2))
+    else:
+        hidden_size, intermediate_size = check_weights(w1, w2, activation, hidden_states)
+        dtype, bits = w1.dtype.name, (_weight_bits(w1), _weight_bits(w2))
+    aligned = xp is np or scheme is not None or rows_are_aligned(*bits)
     num_experts, rows, letters = len(w1), w1.shape[1], "(E, 2I)" if is_gated(activation) else "(E, I)"
-    dtype, bits = w1.dtype.name, (_weight_bits(w1), _weight_bits(w2))
-    aligned = xp is np or rows_are_aligned(*bits)
-    return Experts(
+    experts = Experts(
         *bits,
-        _bias(xp, "w1_bias", w1_bias, letters, (num_experts, rows)),
-        _bias(xp, "w2_bias", w2_bias, "(E, H)", (num_experts, hidden_size)),
+        _bias(xp, "w1_bias", arrays["w1_bias"], letters, (num_experts, rows)),
+        _bias(xp, "w2_bias", arrays["w2_bias"], "(E, H)", (num_experts, hidden_size)),
         dtype,
         num_experts,
         hidden_size,
@@ -77,9 +84,51 @@ def make_experts(
         alpha,
         beta,
         limit,
-        choose_kernel(xp, None, dtype, hidden_size, intermediate_size, aligned),
+        "",
         aligned,
+        scheme,
     )
+    if scheme is None:
+        return experts._replace(kernel=choose_kernel(xp, None, dtype, hidden_size, intermediate_size, aligned))
+    return experts if hidden_states is None else for_rows(xp, experts, hidden_states)
+
+
+def for_rows(xp: ModuleType, experts: Experts, hidden_states: Array) -> Experts:
+    """Quantised weights, to be multiplied in the dtype of the tokens."""
+    _check.dtype("hidden_states", hidden_states, DTYPES)
+    dtype = hidden_states.dtype.name
+    kernel = choose_kernel(xp, None, dtype, experts.hidden_size, experts.intermediate_size, experts.aligned)
+    return experts._replace(dtype=dtype, kernel=kernel)
+
+
+def _quantised(
+    xp: ModuleType, arrays: dict[str, Array], activation: str, quant_config: FusedMoEQuantConfig, hidden_states: Array
+) -> tuple[int, int, _layer_scheme.Scheme]:
+    """H, I and the scheme of quantised weights, checked."""
+    gated, (desc1, desc2) = is_gated(activation), (quant_config._w1, quant_config._w2)
+    letters = "(E, 2I, H)" if gated else "(E, I, H)"
+    shape1 = _layer_scheme.logical_shape("w1", arrays["w1"], desc1, letters)
+    shape2 = _layer_scheme.logical_shape("w2", arrays["w2"], desc2, "(E, H, I)")
+    num_experts, hidden_size, intermediate_size = shape2
+    if hidden_states is not None and hidden_states.ndim == 2 and hidden_states.shape[1] == shape1[2] != hidden_size:
+        hidden_size = shape1[2]  # two agree: w2 is the odd one
+    for letter, size in (("E", num_experts), ("H", hidden_size), ("I", intermediate_size)):
+        if size < 1:
+            raise ValueError(f"w1 and w2 must have {letter} >= 1, got sizes {shape1} and {shape2}")
+    expected = {"w1": (shape1, (num_experts, (1 + gated) * intermediate_size, hidden_size), letters)}
+    expected["w2"] = (shape2, (num_experts, hidden_size, intermediate_size), "(E, H, I)")
+    for name, (got, wanted, axes) in expected.items():
+        if got != wanted:
+            packed = " (K counts the codes, two a byte)" if got[2] != arrays[name].shape[2] else ""
+            raise ValueError(f"{name} must be {axes} = {wanted}{packed}, got {got}")
+    halves = gated and not is_interleaved(activation)
+    scheme = _layer_scheme.Scheme(
+        _layer_scheme.weight_of(xp, 1, arrays["w1"], desc1, arrays, shape1, halves),
+        _layer_scheme.weight_of(xp, 2, arrays["w2"], desc2, arrays, shape2, False),
+        _layer_scheme.rows_of(1, quant_config._a1, arrays, num_experts),
+        _layer_scheme.rows_of(2, quant_config._a2, arrays, num_experts),
+    )
+    return hidden_size, intermediate_size, scheme
 
 
 def check_weights(w1: Array, w2: Array, activation: str, hidden_states: Array | None = None) -> tuple[int, int]:
@@ -125,16 +174,3 @@ def check_bias(name: str, bias: Array | None, letters: str, shape: tuple[int, in
     if bias is not None:
         _check.shape(name, bias, letters, shape)
         _check.dtype(name, bias, DTYPES)
-
-
-def refuse_quantised(quant_config: Any) -> None:
-    """Raise unless `quant_config` is None or says that nothing is quantised."""
-    if quant_config is None:
-        return
-    if not isinstance(quant_config, FusedMoEQuantConfig):
-        raise TypeError(f"quant_config must be a FusedMoEQuantConfig, got {type(quant_config).__name__}")
-    for desc in (quant_config._a1, quant_config._a2, quant_config._w1, quant_config._w2):
-        if desc.dtype is not None:
-            raise NotImplementedError(
-                f"no kernel for quant_config with dtype {dtype_name(desc.dtype)!r}; available: unquantised, biased"
-            )

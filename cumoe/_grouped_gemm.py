@@ -102,16 +102,19 @@ def grouped_gemm(
     block_rows = room.block_rows(m, groups, k, n, dtype, kernel)
     schedule = xp.empty(permute.schedule_size(m, groups, block_rows), np.int32)
     permute.list_tiles(offsets, schedule, block_rows)
-    nothing = xp.empty(0, np.float32)
+    nothing, no_matrix = xp.empty(0, np.float32), xp.empty((0, 0), np.float32)
     room.grouped_gemm(
         a,
         xp.empty(0, np.int32),
         0,
         nothing,
         b,
+        None,
         offsets,
-        xp.empty((0, 0), np.float32) if bias is None else _arrays.bits(bias.astype(np.float32, copy=False)),
+        no_matrix if bias is None else _arrays.bits(bias.astype(np.float32, copy=False)),
         nothing,
+        nothing,
+        no_matrix,
         "",
         False,
         0.0,
@@ -122,6 +125,7 @@ def grouped_gemm(
         schedule,
         block_rows,
         False,
+        no_matrix,
         bits,
     )
     return side.leave(out)

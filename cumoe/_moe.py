@@ -43,7 +43,8 @@ def fused_experts(
         Tokens. Any strides; C-contiguous rows are read in place.
     w1 : (E, 2I, H) array, or PreparedExperts
         Gate rows 0..I-1, then up rows I..2I-1, for each expert (gate even, up odd for an interleaved
-        activation; (E, I, H) for an activation without gate). Of the dtype of `hidden_states`.
+        activation; (E, I, H) for an activation without gate). Of the dtype of `hidden_states`, or the codes
+        that `quant_config` names: float8_e4m3fn, int8 or uint8, those of four bits two a byte along H.
     w2 : (E, H, I) array, or None with PreparedExperts
         Second product.
     topk_weights : (T, k) array, float32 (float64, float16 and bfloat16 are converted)
@@ -53,7 +54,8 @@ def fused_experts(
     activation : str, default "silu"
         Name of an activation, see `moe_activation`. PreparedExperts bring their own.
     quant_config : FusedMoEQuantConfig, optional
-        Biases (`biased_moe_quant_config`) and the parameters of the activation.
+        From a builder such as `fp8_w8a8_moe_quant_config`: number formats and scales of weights and
+        activations, biases, and the parameters of the activation.
     apply_router_weight_on_input : bool or str, default False
         Where the weight of a choice goes: False, on the second product; True or "hidden_states", on
         the token before the first product; "accumulator", on the first product after its bias.
@@ -71,8 +73,8 @@ def fused_experts(
         same bits. Each CPU thread holds a few MiB besides: a block of rows and, for plain weights, a panel.
     workspace : (bytes,) uint8 array, optional
         Where the scratch goes: at least ``plan(...).workspace_bytes``, on the side of the other arrays. On the
-        GPU what must be converted takes its part of it too: choices and biases that are not float32, arrays
-        that are not contiguous. What it holds afterwards is of no use.
+        GPU what must be converted takes its part of it too: choices and biases that are not float32, scales of
+        codes that are not prepared, arrays that are not contiguous. What it holds afterwards is of no use.
     backend : str, optional
         Kernel that multiplies; default: the fastest that adds exact products. On the GPU "wgmma" (Hopper),
         "mma" (any), both for 16-bit numbers, "fma" and "tf32" for float32; "tf32" rounds the factors to 11
@@ -99,9 +101,14 @@ def fused_experts(
     Products are summed in float32; each of the results h, act(h), y is rounded to the dtype of the
     tokens; choices are added in the order j = 0, 1, ... in float32. The same inputs give the same bits,
     for any number of threads, and a token's bits do not depend on the other tokens.
-    Scratch: about ``T * k * (H + I)`` elements, see `plan`. On the GPU the call never waits for the device;
-    CuPy arrays are worked on in CuPy's current stream, torch tensors in torch's. With `out` and
-    `workspace` it allocates nothing there, so that it can be captured in a CUDA graph, once it has run before.
+    Quantised weights are multiplied as numbers of the dtype of the tokens. Scales that change along K are
+    multiplied into the codes in float32 and rounded to that dtype, which costs nothing for mxfp4, mxfp8 and nvfp4
+    in bfloat16; the others meet the sums in float32. Activations are quantised before each product, by the rules of
+    `quantize`, where `quant_config` says so. Where one scale serves all tokens, bits do depend on the others.
+    Scratch: about ``T * k * (H + I)`` elements, see `plan`; on the GPU the decoded weights of one product more.
+    On the GPU the call never waits for the device; CuPy arrays are worked on in CuPy's current stream, torch
+    tensors in torch's. With `out` and `workspace` it allocates nothing there, so that it can be captured in a CUDA
+    graph, once it has run before.
     The steps are
 
     1. sort the (token, choice) pairs by expert,

@@ -1,15 +1,21 @@
 """What a call will do and cost, from sizes and names alone: no array is touched, none is needed."""
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from cumoe import _arrays, _check
+import numpy as np
+
+from cumoe import _arrays, _check, _layer_scheme, _quantised_rows
 from cumoe._act import is_gated
 from cumoe._kernel_choice import choose_kernel, refusals
+from cumoe._layer_scheme import Rows
+from cumoe._quant_desc import dtype_name
 from cumoe._workspace import ALIGNMENT, rounded
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ROW_SCALE_ARRAYS = 8  # of at most 8 bytes a row, on the way to the global scale of each row
 _LEAST_BLOCK_ROWS = 8  # scratch for lists of blocks of any height from here on, so that fewer tokens never need more
 
 
@@ -21,6 +27,14 @@ class Sizes(NamedTuple):
     hidden_size: int
     intermediate_size: int
     dtype: str
+    a1: Rows | None = None  # of which the numbers are not looked at
+    a2: Rows | None = None
+    decodes: int = 0  # elements of the weights of one product that are decoded on the GPU
+
+    @property
+    def layer(self) -> tuple[int, int, int, str]:
+        """What the rooms ask for: E, H, I and the dtype."""
+        return self.num_experts, self.hidden_size, self.intermediate_size, self.dtype
 
 
 class Shares(NamedTuple):
@@ -29,6 +43,7 @@ class Shares(NamedTuple):
     tokens_per_piece: int
     block_rows: int  # of the list that tells the products which rows belong together; 0: there is none
     schedule_size: int  # int32 elements of that list and of what the sort needs
+    expanded: int  # elements of decoded weights
 
 
 def share_out(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes, workspace_limit: int | None = None) -> Shares:
@@ -49,22 +64,36 @@ def share_out(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes, worksp
 
 def _shares(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes) -> Shares:
     pairs = num_tokens * sizes.top_k
-    block_rows = _arrays.room(xp, "grouped_gemm").block_rows(pairs, *sizes[1:], kernel)
+    block_rows = _arrays.room(xp, "grouped_gemm").block_rows(pairs, *sizes.layer, kernel)
     least = min(block_rows, _LEAST_BLOCK_ROWS)
-    return Shares(num_tokens, block_rows, _arrays.room(xp, "permute").schedule_size(pairs, sizes.num_experts, least))
+    schedule_size = _arrays.room(xp, "permute").schedule_size(pairs, sizes.num_experts, least)
+    return Shares(num_tokens, block_rows, schedule_size, 0 if xp is np else sizes.decodes)
 
 
 def scratch_bytes(sizes: Sizes, shares: Shares) -> int:
     """Bytes of a block that holds the scratch, wherever it begins."""
-    pairs, item = shares.tokens_per_piece * sizes.top_k, _ITEMSIZE[sizes.dtype]
-    pieces = (
+    tokens, item = shares.tokens_per_piece, _ITEMSIZE[sizes.dtype]
+    pairs = tokens * sizes.top_k
+    pieces = [
         8 * (sizes.num_experts + 1),
         4 * pairs,
         4 * pairs,
         4 * shares.schedule_size,
         pairs * sizes.intermediate_size * item,
         pairs * sizes.hidden_size * item,
-    )
+        shares.expanded * item,
+    ]
+
+    def count(shape: tuple[int, ...], dtype: Any) -> Any:
+        pieces.append(math.prod(shape) * np.dtype(dtype).itemsize)
+
+    bits = f"u{item}"
+    if sizes.a1 is not None:
+        _quantised_rows.space(sizes.a1, pairs if sizes.a1.is_by_expert else tokens, sizes.hidden_size, bits, count)
+    if sizes.a2 is not None:
+        _quantised_rows.space(sizes.a2, pairs, sizes.intermediate_size, bits, count, numbers=())
+    if any(rows is not None and rows.is_by_expert for rows in (sizes.a1, sizes.a2)):
+        pieces += [8 * pairs] * ROW_SCALE_ARRAYS
     return sum(map(rounded, pieces)) + ALIGNMENT
 
 
@@ -81,6 +110,8 @@ class Plan:
         The kernels that could be expected instead, and why each of them is not used.
     tiles : tuple of str
         On the GPU, how the products are cut into tiles and why; in words.
+    formats : str
+        How quantised operands are multiplied, in words; "" if nothing is quantised.
     flops : int
         Multiplications and additions of both products.
     bytes : int
@@ -103,6 +134,7 @@ class Plan:
     tiles: tuple[str, ...]
     tokens_per_piece: int
     workspace_bytes: int
+    formats: str
     expected_experts: float
     flops: int
     bytes: int
@@ -139,6 +171,7 @@ class Plan:
             f"kernel     {self.kernel}",
             *(f"refused    {reason}" for reason in self.refused),
             *(f"tiles      {line}" for line in self.tiles),
+            *([f"formats    {self.formats}"] if self.formats else []),
             f"experts    about {self.expected_experts:.1f} of {self.num_experts} touched under uniform routing",
             f"rows       about {self.num_tokens * self.top_k / max(self.expected_experts, 1):.1f} per touched expert",
             f"pieces     {pieces} of at most {self.tokens_per_piece} tokens",
@@ -159,6 +192,7 @@ def plan(
     dtype: str = "bfloat16",
     activation: str = "silu",
     device: str = "cpu",
+    quant_config: Any = None,
     workspace_limit: int | None = None,
     backend: str | None = None,
 ) -> Plan:
@@ -170,11 +204,13 @@ def plan(
     num_tokens, hidden_size, intermediate_size, num_experts, top_k : int
         T, H, I, E and k.
     dtype : {"float32", "float16", "bfloat16"}, default "bfloat16"
-        Of tokens and weights.
+        Of tokens, and of weights that are not quantised.
     activation : str, default "silu"
         Name of an activation.
     device : {"cpu", "cuda", "cuda:0", ...}, default "cpu"
         Side that would run; a GPU must be here, "cuda" is the current one.
+    quant_config : FusedMoEQuantConfig, optional
+        Number formats, as in `fused_experts`; its arrays are not looked at.
     workspace_limit : int, optional
         Most bytes of scratch, as in `fused_experts`.
     backend : str, optional
@@ -219,12 +255,20 @@ def plan(
     touched = num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
     itemsize = _ITEMSIZE[dtype]
     sizes = Sizes(top_k, num_experts, hidden_size, intermediate_size, dtype)
+    weight_bits, formats = 8.0 * itemsize, ""
+    if _layer_scheme.is_quantised(quant_config):
+        largest = num_experts * (matrices - 1) * intermediate_size * hidden_size
+        rows = (_layer_scheme.planned_rows(i, getattr(quant_config, f"_a{i}")) for i in (1, 2))
+        sizes = sizes._replace(a1=next(rows), a2=next(rows), decodes=largest)
+        bits = [_layer_scheme.bits_of_weight(desc) for desc in (quant_config._w1, quant_config._w2)]
+        weight_bits = ((matrices - 1) * bits[0] + bits[1]) / matrices
+        formats = _formats_of(quant_config, sizes, device)
     with _arrays.device_scope(device):
         kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
         refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size)
         shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
         tiles = _arrays.room(xp, "grouped_gemm").explain(
-            shares.tokens_per_piece * top_k, *sizes[1:], kernel, matrices == 3
+            shares.tokens_per_piece * top_k, *sizes.layer, kernel, matrices == 3
         )
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
@@ -241,8 +285,23 @@ def plan(
         tiles,
         shares.tokens_per_piece,
         scratch_bytes(sizes, shares) + choices if num_tokens else 0,
+        formats,
         touched,
         2 * matrices * num_tokens * top_k * hidden_size * intermediate_size,
-        round(touched * matrices * hidden_size * intermediate_size * itemsize)
+        round(touched * matrices * hidden_size * intermediate_size * weight_bits / 8)
         + 2 * num_tokens * hidden_size * itemsize,
     )
+
+
+def _formats_of(quant_config: Any, sizes: Sizes, device: str) -> str:
+    """How quantised operands are multiplied."""
+    weights = dtype_name(quant_config._w1.dtype)
+    where = "panel by panel, in the cache" if device == "cpu" else "into scratch, the experts that have rows only"
+    if sizes.a1 is None:
+        rows = "activations as they are"
+    else:
+        group = "one scale for all rows" if sizes.a1.per_tensor else "one scale a row"
+        if sizes.a1.cols != -1:
+            group = f"one scale for {sizes.a1.cols} elements of a row"
+        rows = f"activations rounded to {sizes.a1.scheme}, {group}"
+    return f"{weights} weights become {sizes.dtype} {where}; {rows}"

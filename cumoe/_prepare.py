@@ -1,6 +1,7 @@
 """Weights in the order in which the kernels read them, made once and used by every call."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from cumoe import _arrays
@@ -104,7 +105,7 @@ def prepare(
     w2 : (E, H, I) array
         Of the dtype of `w1`.
     quant_config : FusedMoEQuantConfig, optional
-        Holds the biases and the parameters of the activation.
+        Number formats, scales, biases, and the parameters of the activation.
     activation : str, default "silu"
         Name of an activation; decides how the rows of `w1` pair up.
     device : {"cpu", "cuda", "cuda:0", ...}, optional
@@ -125,12 +126,13 @@ def prepare(
     TypeError, ValueError
         Arrays that do not fit each other.
     NotImplementedError
-        Quantised weights, or a `backend` that cannot run here.
+        A number format without a kernel, or a `backend` that cannot run here.
 
     Notes
     -----
     Reads and writes all weights once; the packed form has their size, rounded up to whole panels. On the GPU
     it is a copy in one piece: the kernels read rows as they are, and bring gates and ups together as they load.
+    Quantised weights stay codes; their scales become what the kernels read.
 
     Examples
     --------
@@ -142,14 +144,17 @@ def prepare(
     """
     if isinstance(w1, PreparedExperts):
         raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; it is prepared already")
-    side, arrays = _arrays.enter(**weight_arrays(w1, w2, quant_config))
-    xp = side.xp
+    given = weight_arrays(w1, w2, quant_config)
+    side, inside = _arrays.enter(**given)
+    xp, arrays = side.xp, dict(zip(given, inside, strict=True))
     experts = make_experts(xp, arrays, activation, quant_config)
-    place = _arrays.place(arrays[0])
+    place = _arrays.place(arrays["w1"])
     if device not in (None, place, place.partition(":")[0]):
         raise ValueError(f"device must be that of the arrays = {place}, got {device!r}; copy them there")
     if out is not None and not isinstance(out, PreparedExperts):
         raise TypeError(f"out must be PreparedExperts, got {type(out).__name__}")
+    if experts.scheme is not None:
+        return _prepare_quantised(xp, experts, backend, out, place)
     sizes = experts.dtype, experts.hidden_size, experts.intermediate_size
     kernel = choose_kernel(xp, backend, *sizes, packed_for=None if out is None or backend else out.kernel)
     experts = experts._replace(kernel=kernel, aligned=True)
@@ -170,6 +175,37 @@ def prepare(
     for name in biases:
         getattr(out.experts, name)[...] = getattr(experts, name)
     return out
+
+
+def _prepare_quantised(
+    xp: ModuleType, experts: Experts, backend: str | None, out: PreparedExperts | None, place: str
+) -> PreparedExperts:
+    """Codes as they are, everything that belongs to them checked and converted, in memory of its own."""
+    if backend is not None:
+        raise ValueError("backend must be None for quantised weights: codes serve every kernel; name it in the call")
+    if out is None:
+        return PreparedExperts(_with_arrays(experts, [array.copy() for array in _arrays_of(experts)]))
+    _must_match(out, experts, place)
+    old, new = _arrays_of(out.experts), _arrays_of(experts)
+    if [(array.shape, array.dtype) for array in old] != [(array.shape, array.dtype) for array in new]:
+        raise ValueError("out must have been prepared with scales and zero points of the same shapes; prepare it anew")
+    for into, array in zip(old, new, strict=True):
+        into[...] = array
+    return out
+
+
+def _arrays_of(thing: Any) -> list[Any]:
+    """Every array in named tuples within named tuples, in one order."""
+    if hasattr(thing, "shape"):
+        return [thing]
+    return [array for part in thing for array in _arrays_of(part)] if hasattr(thing, "_fields") else []
+
+
+def _with_arrays(thing: Any, new: list[Any]) -> Any:
+    """The same named tuples with the first of `new`, which are taken out, in place of their arrays."""
+    if hasattr(thing, "shape"):
+        return new.pop(0)
+    return type(thing)(*(_with_arrays(part, new) for part in thing)) if hasattr(thing, "_fields") else thing
 
 
 def _must_match(out: PreparedExperts, new: Experts, place: str) -> None:

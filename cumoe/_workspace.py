@@ -57,6 +57,14 @@ class Workspace:
         with sys.modules["cupy"].cuda.using_allocator(self._allocate):
             yield
 
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """`lent`, for arrays that are of no use afterwards: their memory is free again."""
+        used = self.used
+        with self.lent():
+            yield
+        self.used = used
+
     def _allocate(self, num_bytes: int) -> Any:
         return self._memory.data + (self._cut(num_bytes) if num_bytes else 0)
 

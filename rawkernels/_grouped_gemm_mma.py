@@ -54,6 +54,8 @@ def launch(
     weights,
     bias,
     output_scale,
+    row_factor,
+    column_factor,
     activation,
     interleaved,
     alpha,
@@ -82,7 +84,7 @@ def launch(
     height = _height(block_rows)
     parts = -(-block_rows // height)
     most_tiles = (min(rows, num_experts) + rows // block_rows) * parts
-    scaled = input_scale.size > 0
+    scaled, factored = input_scale.size > 0, row_factor.size + column_factor.size > 0
     tile = choose(kernel, height, columns, most_tiles, _load.capability(device), _load.multiprocessors(device), scaled)
     constants = _constants(
         tile,
@@ -90,6 +92,7 @@ def launch(
         activation,
         gated,
         scaled,
+        factored,
         _copy_bytes(item, k, x.data.ptr, *_steps(x)),
         _copy_bytes(item, k, weights.data.ptr, *_steps(weights)),
     )
@@ -107,6 +110,8 @@ def launch(
         weights,
         _given(bias),
         _given(output_scale),
+        _given(row_factor),
+        _given(column_factor),
         out,
         x.strides[0],
         weights.strides[0],
@@ -115,6 +120,7 @@ def launch(
         int(interleaved),
         k,
         outputs,
+        column_factor.shape[-1],
         most_tiles,
         parts,
         column_blocks,
@@ -149,9 +155,9 @@ def variants(arch):
     """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
     capability = int("".join(filter(str.isdigit, arch)))
 
-    def variant(kernel, dtype, height, most_tiles, activation, scaled, copy_bytes):
+    def variant(kernel, dtype, height, most_tiles, activation, scaled, copy_bytes, factored=False):
         tile = choose(kernel, height, 4096, most_tiles, capability, 132, scaled)
-        constants = _constants(tile, dtype, activation, bool(activation), scaled, copy_bytes, copy_bytes)
+        constants = _constants(tile, dtype, activation, bool(activation), scaled, factored, copy_bytes, copy_bytes)
         return _FILES[kernel], "grouped_gemm", constants
 
     for kernel, dtype in (("mma", "bfloat16"), ("mma", "float16"), ("fma", "float32"), ("tf32", "float32")):
@@ -162,6 +168,8 @@ def variants(arch):
             # the weight of a choice on the input; sizes and addresses that fit nothing
             yield variant(kernel, dtype, 128, 10**6, activation, True, 8)
             yield variant(kernel, dtype, 16, 1, activation, True, 4 if dtype == "float32" else 2)
+            for height in (16, 128):
+                yield variant(kernel, dtype, height, 10**6, activation, False, 16, True)
 
 
 def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False):
@@ -194,7 +202,7 @@ def _height(block_rows):
     return next((height for height in _HEIGHTS if height >= block_rows), _HEIGHTS[-1])
 
 
-def _constants(tile, dtype, activation, gated, scaled, copy_x, copy_w):
+def _constants(tile, dtype, activation, gated, scaled, factored, copy_x, copy_w):
     """Macros of a kernel."""
     return {
         "X": dtype,
@@ -208,6 +216,7 @@ def _constants(tile, dtype, activation, gated, scaled, copy_x, copy_w):
         "COPY_W": copy_w,
         "GATED": int(gated),
         "SCALED": int(scaled),
+        "FACTORED": int(factored),
         "ACTIVATION": activation or "identity_no_mul",
     }
 

@@ -36,11 +36,11 @@ class Tile(NamedTuple):
         """One buffer of the ring, with its two barriers."""
         return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
 
-    def fixed_bytes(self, gated, gathered, scaled):
+    def fixed_bytes(self, gated, gathered, scaled, factored):
         """Shared memory beside the ring: results on their way out, what is announced of two units."""
         staged = 16 if self.tokens % 16 == 0 else 8  # tokens of a warp at a time
         staging = 4 * self.groups * staged * (8 if gated else 16) * self.m_blocks * 2
-        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled)
+        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled + factored)
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
@@ -83,6 +83,8 @@ def launch(
     weights,
     bias,
     output_scale,
+    row_factor,
+    column_factor,
     activation,
     interleaved,
     alpha,
@@ -104,12 +106,13 @@ def launch(
     if rows == 0:
         return
     tile = _TILES[block_rows]
-    gathered, limited = top_k > 0, bool(activation) and limit != math.inf
+    gathered, scaled, limited = top_k > 0, output_scale.size > 0, bool(activation) and limit != math.inf
+    factored = row_factor.size + column_factor.size > 0
     if gathered and x.size > _MOST_GATHERED:
         raise NotImplementedError(f"no kernel for tokens of {x.size} elements; wgmma: at most {_MOST_GATHERED}")
-    constants = _constants(tile, dtype, activation, gathered, bias.size > 0, output_scale.size > 0, limited)
+    constants = _constants(tile, dtype, activation, gathered, bias.size > 0, scaled, limited, factored)
     gated = bool(constants["GATED"])
-    fixed_bytes = tile.fixed_bytes(gated, gathered, output_scale.size > 0)
+    fixed_bytes = tile.fixed_bytes(gated, gathered, scaled, factored)
 
     blocks = -(-n // tile.weights)
     full = min(rows, num_experts)  # experts that may have a tile, and the tiles beyond the first of each
@@ -133,12 +136,15 @@ def launch(
         permuted_idx if permuted_idx.size else None,
         x,
         bias if bias.size else None,
-        output_scale if output_scale.size else None,
+        output_scale if scaled else None,
+        row_factor if row_factor.size else None,
+        column_factor if column_factor.size else None,
         out,
         blocks,
         k,
         outputs,
         int(interleaved),
+        column_factor.shape[-1],
         top_k,
         stages,
         together,
@@ -152,7 +158,7 @@ def launch(
     )
 
 
-def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, limited=False):
+def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, limited=False, factored=False):
     """Macros of the kernel."""
     small = tile.ctas > 1  # these have registers enough without moving them
     producer, consumer = (0, 0) if small else (56, 224) if gathered else (40, 232)
@@ -165,6 +171,7 @@ def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, li
         "BIASED": int(biased),
         "SCALED": int(scaled),
         "LIMITED": int(limited),
+        "FACTORED": int(factored),
         "GATHERED": int(gathered),
         "M_BLOCKS": tile.m_blocks,
         "COLUMNS": tile.tokens,
@@ -198,3 +205,7 @@ def variants(arch):
         for tile in _TILES.values():
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "silu", True)
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "", False, scaled=True)
+            first = _constants(tile, dtype, "silu", True, factored=True)
+            second = _constants(tile, dtype, "", False, scaled=True, factored=True)
+            for constants in (first, second, first | {"BIASED": 1}, second | {"BIASED": 1}):
+                yield "grouped_gemm_wgmma.cu", "grouped_gemm", constants

@@ -2,6 +2,7 @@
 
 from cumoe.rawkernels import _grouped_gemm_mma as mma
 from cumoe.rawkernels import _grouped_gemm_wgmma as wgmma
+from cumoe.rawkernels import formats
 
 _MOST_ROWS = 2**31 - 1  # rows are int32 in a schedule
 
@@ -12,9 +13,12 @@ def grouped_gemm(
     top_k,
     input_scale,
     weights,
+    weight_format,
     expert_first_token_offset,
     bias,
     output_scale,
+    row_factor,
+    column_factor,
     activation,
     interleaved,
     alpha,
@@ -25,16 +29,25 @@ def grouped_gemm(
     schedule,
     block_rows,
     ahead,
+    expanded,
     out,
 ):
     """
-    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)``.
+    ``out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)``.
 
     The twin of the CPU's, with tiles of the schedule in place of offsets. With `ahead` the schedule and `permuted_idx`
     are read while the kernel before this one still runs: that must not be the one that writes them.
+
+    With a `weight_format`, whose arrays and `weights` are C-contiguous, the weights of those experts that have rows
+    become numbers in `expanded`, (E, N, K) bits of `dtype`, and are multiplied from there.
     """
     if len(out) > _MOST_ROWS:
         raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
+    if weight_format is not None and len(out):
+        f = weight_format
+        how = f.scale, f.scale_dtype, f.zero_points, f.global_scale, f.group_rows, f.group_cols, f.rule
+        formats.decode_experts(weights, *how, expert_first_token_offset, dtype, expanded)
+        weights, ahead = expanded, False  # the kernel before the product writes them
     launch = wgmma.launch if kernel == "wgmma" else mma.launch
     launch(
         x,
@@ -44,6 +57,8 @@ def grouped_gemm(
         weights,
         bias,
         output_scale,
+        row_factor,
+        column_factor,
         activation,
         interleaved,
         alpha,

@@ -1,6 +1,7 @@
 // grouped_gemm_fma.cu: each expert's rows of activations times its weights, in IEEE float32 on the ordinary cores.
 //
-//   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)
+//   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)
+//   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
 //
 // Shapes     x (rows, K), weights (E, N, K), out (R, outputs), all float32; N = 2 * outputs if GATED, else outputs
 // Work       one CTA a tile of `schedule` and block of columns; WARPS_M x WARPS_N warps. A warp is 8 x 4 lanes; a lane
@@ -28,6 +29,7 @@
 #define COPY_W 16
 #define GATED 1
 #define SCALED 0
+#define FACTORED 0
 #define ACTIVATION silu
 #endif
 
@@ -90,16 +92,20 @@ struct Warp {
         if (p.bias)
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) bias[j] = bias_at(p, tile, output(j), GATED ? j / 2 % 2 : 0);
+        float of_column[COLUMNS]; // factors
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) of_column[j] = column_factor_at(p, tile, output(j), GATED ? j / 2 % 2 : 0);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             const float scale = scale_at(p, p.output_scale, tile, row + lane_m + i * 8);
+            const float of_row = row_factor_at(p, tile, row + lane_m + i * 8);
             X* line = staged + (row + lane_m + i * 8) * STAGED_PITCH;
 #pragma unroll
             for (int j = 0; j < COLUMNS; ++j) {
                 if (GATED && j % 4 >= 2) continue;
                 const int up = GATED ? j + 2 : j;
-                const float h = rounded_h(sums[i][j], bias[j], scale);
-                const float u = GATED ? rounded_h(sums[i][up], bias[up], scale) : h;
+                const float h = rounded_h(sums[i][j], of_row, of_column[j], bias[j], scale);
+                const float u = GATED ? rounded_h(sums[i][up], of_row, of_column[up], bias[up], scale) : h;
                 line[output(j)] = activations::ACTIVATION(h, u, p.alpha, p.beta, p.limit);
             }
         }

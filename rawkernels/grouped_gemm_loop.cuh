@@ -8,13 +8,15 @@
 
 extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const int4* schedule, const uint8* x, const int* permuted_idx, const float* input_scale, const uint8* weights,
-    const float* bias, const float* output_scale, X* out, int64 x_stride, int64 expert_stride, int64 weight_stride,
-    int top_k, int interleaved, int K, int outputs, int most_tiles, int parts, int column_blocks, int wide_stores,
-    int ahead, float alpha, float beta, float limit)
+    const float* bias, const float* output_scale, const float* row_factor, const float* column_factor, X* out,
+    int64 x_stride, int64 expert_stride, int64 weight_stride, int top_k, int interleaved, int K, int outputs,
+    int factor_columns, int most_tiles, int parts, int column_blocks, int wide_stores, int ahead, float alpha,
+    float beta, float limit)
 {
     Problem p;
     p.schedule = schedule, p.permuted_idx = permuted_idx;
     p.input_scale = input_scale, p.output_scale = output_scale, p.bias = bias;
+    p.row_factor = row_factor, p.column_factor = column_factor, p.factor_columns = factor_columns;
     p.x = x, p.weights = weights, p.out = out;
     p.x_stride = x_stride, p.expert_stride = expert_stride, p.weight_stride = weight_stride;
     p.top_k = top_k, p.interleaved = interleaved, p.K = K, p.outputs = outputs;
@@ -24,7 +26,7 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const uint32 first = shared_address(shared);
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K;
 
-    // weights are nobody's output: where the schedule is older than the previous kernel, they need not wait for it
+    // where the schedule is older than the previous kernel and weights are nobody's output, they need not wait for it
     if (!ahead) wait_for_previous();
     const Tile tile = find_tile(p);
     const WeightCopies weight_copies(p, tile);

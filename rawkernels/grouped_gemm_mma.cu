@@ -1,7 +1,8 @@
 // grouped_gemm_mma.cu: each expert's rows of activations times its weights, on the tensor cores of any CUDA GPU from
 // sm_80 on (mma.sync, cp.async). X = float32 multiplies in tf32.
 //
-//   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T + bias) * output_scale)
+//   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)
+//   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
 //
 // Shapes     x (rows, K) X, weights (E, N, K) X, out (R, outputs) X; N = 2 * outputs if GATED, else outputs
 // Work       one CTA a tile of `schedule` and block of columns; WARPS_M x WARPS_N warps, each with its part of the
@@ -30,6 +31,7 @@
 #define COPY_W 16
 #define GATED 1
 #define SCALED 0
+#define FACTORED 0
 #define ACTIVATION silu
 #endif
 
@@ -128,6 +130,14 @@ struct Warp {
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
                     bias[n][c] = bias_at(p, tile, (column / 8 + n) / GROUP * 8 + lane % 4 * 2 + c, GATED ? n % 2 : 0);
+        float of_row[M_STEPS * 2], of_column[N_STEPS][2]; // factors
+#pragma unroll
+        for (int m = 0; m < M_STEPS * 2; ++m) of_row[m] = row_factor_at(p, tile, first + m * 8);
+#pragma unroll
+        for (int i = 0; i < N_STEPS * 2; ++i) {
+            const int n = i / 2, at = (column / 8 + n) / GROUP * 8 + lane % 4 * 2 + i % 2;
+            of_column[n][i % 2] = column_factor_at(p, tile, at, GATED ? n % 2 : 0);
+        }
 #pragma unroll
         for (int n = 0; n < N_STEPS; n += GROUP) {
             const int at = (column / 8 + n) / GROUP * 8 + lane % 4 * 2;
@@ -137,8 +147,11 @@ struct Warp {
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int up = n + GROUP - 1;
-                    const float h = rounded_h(sums[m / 2][n][m % 2 * 2 + c], bias[n][c], scale[m]);
-                    const float u = GATED ? rounded_h(sums[m / 2][up][m % 2 * 2 + c], bias[up][c], scale[m]) : h;
+                    const auto value = [&](int n) {
+                        const float sum = sums[m / 2][n][m % 2 * 2 + c];
+                        return rounded_h(sum, of_row[m], of_column[n][c], bias[n][c], scale[m]);
+                    };
+                    const float h = value(n), u = GATED ? value(up) : h;
                     v[c] = activations::ACTIVATION(h, u, p.alpha, p.beta, p.limit);
                 }
                 stage_pair(staged + (first + m * 8) * STAGED_PITCH + at, v[0], v[1]);

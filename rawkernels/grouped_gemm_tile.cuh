@@ -5,6 +5,7 @@
 // memory.cuh says. If GATED, 8 gate rows lie before the 8 up rows of the same outputs, again and again, so that the
 // thread that has column c of the tile has column c + 8 too.
 // Constants  X element type, BLOCK_ROWS, BLOCK_COLUMNS (a multiple of 16), WARPS_M x WARPS_N, GATED, ACTIVATION
+//            FACTORED: there is a row_factor or a column_factor
 //            COPY_X, COPY_W bytes of a copy (16, 8, 4, and 2 for 16-bit X), which divide every address and K
 
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
@@ -20,18 +21,21 @@ constexpr int STAGED_PITCH = TILE_OUTPUTS + 8;
 static_assert(BLOCK_COLUMNS % ROWS_A_PASS == 0 && ROWS_A_PASS % 16 == 0, "a pass covers whole groups of 16 rows");
 
 struct Problem {
-    const int4* schedule;      // {count, 0, 0, 0}, then {expert, first row, rows, 0} of each tile
-    const int* permuted_idx;   // row -> pair; null: row r is pair r
-    const float* input_scale;  // by pair, or null
-    const float* bias;         // (E, weight rows), or null
-    const float* output_scale; // by pair, or null
+    const int4* schedule;       // {count, 0, 0, 0}, then {expert, first row, rows, 0} of each tile
+    const int* permuted_idx;    // row -> pair; null: row r is pair r
+    const float* input_scale;   // by pair, or null
+    const float* bias;          // (E, weight rows), or null
+    const float* output_scale;  // by pair, or null
+    const float* row_factor;    // by row of x, or null
+    const float* column_factor; // (E, factor_columns): weight rows or 1; or null
     const uint8* x;
     const uint8* weights;
     X* out;
     int64 x_stride, expert_stride, weight_stride; // bytes
     int top_k, interleaved, K, outputs;           // top_k 0: row r of x is row r
-    int most_tiles, parts, column_blocks;         // a tile of the schedule is cut into `parts` of BLOCK_ROWS
-    int wide_stores;                              // rows of out begin at multiples of 16 bytes
+    int factor_columns;
+    int most_tiles, parts, column_blocks; // a tile of the schedule is cut into `parts` of BLOCK_ROWS
+    int wide_stores;                      // rows of out begin at multiples of 16 bytes
     float alpha, beta, limit;
 };
 
@@ -171,9 +175,26 @@ __device__ __forceinline__ float scale_at(const Problem& p, const float* scale, 
     return scale[p.permuted_idx ? p.permuted_idx[tile.row + row] : tile.row + row];
 }
 
-// h before the activation.
-__device__ __forceinline__ float rounded_h(float sum, float bias, float scale)
+// Factor of the row of x that tile row `row` reads, and of the weights of tile output `column`; 1 where there is none.
+__device__ __forceinline__ float row_factor_at(const Problem& p, const Tile& tile, int row)
 {
+    if (!FACTORED || !p.row_factor || row >= tile.rows) return 1.0f;
+    int source = tile.row + row;
+    if (p.top_k) source = (uint32)(p.permuted_idx ? p.permuted_idx[source] : source) / (uint32)p.top_k;
+    return p.row_factor[source];
+}
+__device__ __forceinline__ float column_factor_at(const Problem& p, const Tile& tile, int column, int up)
+{
+    const int output = tile.column + column;
+    if (!FACTORED || !p.column_factor || output >= p.outputs) return 1.0f;
+    const int row = p.factor_columns == 1 ? 0 : weight_row(p, output, up);
+    return p.column_factor[(int64)tile.expert * p.factor_columns + row];
+}
+
+// h before the activation; `row` and `column` are factors, if FACTORED.
+__device__ __forceinline__ float rounded_h(float sum, float row, float column, float bias, float scale)
+{
+    if (FACTORED) sum = __fmul_rn(sum, __fmul_rn(row, column)); // never merged with the addition
     return rounded<X>((sum + bias) * scale);
 }
 

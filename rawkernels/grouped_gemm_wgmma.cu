@@ -1,6 +1,7 @@
 // grouped_gemm_wgmma.cu: each expert's rows of activations times its weights, on Hopper's tensor cores (sm_90a).
 //
-//   out[r] = activation(((x[source(r)] @ weights[expert of r].T) + bias) * output_scale)
+//   out[r] = activation((x[source(r)] @ weights[expert of r].T * factors + bias) * output_scale)
+//   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
 //
 // Shapes     x (rows, K) X, weights (E, N, K) X through a tensor map, out (R, OUTPUTS) X; N = 2 * OUTPUTS if GATED
 // Work       unit = (tile of `schedule`, block of weight rows). A CTA takes unit blockIdx.x, then whichever is next: warp
@@ -13,8 +14,9 @@
 //            holds 32 neighbours.
 // Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
 // Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
-//            GATHERED: rows by permuted_idx; GROUPS warpgroups of M_BLOCKS x 64 weight rows, COLUMNS tokens;
-//            MIN_CTAS of a multiprocessor; registers of both kinds of warps, 0: as compiled
+//            FACTORED: a row_factor or a column_factor is; GATHERED: rows by permuted_idx; GROUPS warpgroups of
+//            M_BLOCKS x 64 weight rows, COLUMNS tokens; MIN_CTAS of a multiprocessor; registers of both kinds of
+//            warps, 0: as compiled
 // Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
 
 #include "numbers.cuh"
@@ -30,6 +32,7 @@
 #define GATED 1
 #define BIASED 0
 #define SCALED 0
+#define FACTORED 0
 #define LIMITED 0
 #define GATHERED 1
 #define M_BLOCKS 1
@@ -56,9 +59,10 @@ __device__ constexpr int smaller(int n)
 struct Problem {
     const int* permuted_idx; // null: row r is pair r
     X* out;
-    const float* bias;         // (E, N), if BIASED
-    const float* output_scale; // by pair, or null
-    int outputs, interleaved;
+    const float* bias;                       // (E, N), if BIASED
+    const float* output_scale;               // by pair, or null
+    const float *row_factor, *column_factor; // by row of x; (E, factor_columns): weight rows or 1; null: ones
+    int outputs, interleaved, factor_columns;
     float alpha, beta, limit;
 };
 
@@ -114,21 +118,26 @@ struct Ring {
 
 // What warp 1 tells the others of a unit, which is the CTA's n-th: two places, for the unit in work and the one to come.
 struct Announced {
-    uint32 barriers, units, rows, scales;
+    uint32 barriers, units, rows, scales, factors;
 
     __device__ __forceinline__ explicit Announced(uint32 base) : barriers(base), units(base + 64), rows(base + 96)
     {
         scales = rows + (GATHERED ? 2 * COLUMNS * 4 : 0);
+        factors = scales + (SCALED ? 2 * COLUMNS * 4 : 0);
     }
-    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED);
+    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED + FACTORED);
 
-    __device__ __forceinline__ uint32 told(int n) const { return barriers + n % 2 * 8; }          // the unit is there
-    __device__ __forceinline__ uint32 detailed(int n) const { return barriers + 16 + n % 2 * 8; } // rows and scales too
+    __device__ __forceinline__ uint32 told(int n) const { return barriers + n % 2 * 8; } // the unit is there
+    __device__ __forceinline__ uint32 detailed(int n) const
+    {
+        return barriers + 16 + n % 2 * 8;
+    } // rows, scales, factors too
     __device__ __forceinline__ uint32 free(int n) const { return barriers + 32 + n % 2 * 8; }
     __device__ __forceinline__ uint32 wanted() const { return barriers + 48; } // warp 0 will soon need the next
     __device__ __forceinline__ uint32 parity(int n) const { return n / 2 % 2; }
     __device__ __forceinline__ uint32 rows_of(int n) const { return rows + n % 2 * COLUMNS * 4; }
     __device__ __forceinline__ uint32 scales_of(int n) const { return scales + n % 2 * COLUMNS * 4; }
+    __device__ __forceinline__ uint32 factors_of(int n) const { return factors + n % 2 * COLUMNS * 4; }
 
     __device__ __forceinline__ void init() const
     {
@@ -152,9 +161,9 @@ struct Announced {
 
 extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void grouped_gemm(
     const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, int4* schedule,
-    const int* permuted_idx, const uint8* x, const float* bias, const float* output_scale, X* out, int blocks, int K,
-    int outputs, int interleaved, int top_k, int stages, int together, int ahead, float kept, float alpha, float beta,
-    float limit)
+    const int* permuted_idx, const uint8* x, const float* bias, const float* output_scale, const float* row_factor,
+    const float* column_factor, X* out, int blocks, int K, int outputs, int interleaved, int factor_columns, int top_k,
+    int stages, int together, int ahead, float kept, float alpha, float beta, float limit)
 {
     extern __shared__ __align__(1024) uint8 shared[]; // the swizzle counts from multiples of 1024
     const uint32 base = shared_address(shared), staging = base + stages * STAGE;
@@ -174,7 +183,8 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
 
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const Tiles tiles{schedule, blocks, together};
-    const Problem problem{permuted_idx, out, bias, output_scale, outputs, interleaved, alpha, beta, limit};
+    const Problem problem{permuted_idx, out,         bias,           output_scale, row_factor, column_factor,
+                          outputs,      interleaved, factor_columns, alpha,        beta,       limit};
     Ring ring{base, barriers, stages, 0, 0};
     if (warp < 4) {
 #if PRODUCER_REGISTERS

@@ -2,7 +2,7 @@
 
 // ---- scheduling ----
 
-// One warp: which units this CTA does, the rows and scales of each. The first is unit blockIdx.x. The others are drawn
+// One warp: which units this CTA does, the rows, scales and factors of each. The first is unit blockIdx.x. The others are drawn
 // when they are needed, so that neighbours in the list run at the same time and find each other's operands in L2, and
 // no CTA is left with more work than the others. The counter wraps to zero with the last draw: of all CTAs that have
 // a unit at all, each draws once for each further unit and once in vain, which are as many draws as units.
@@ -24,7 +24,7 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
             barrier_arrive(announced.told(n));
         }
         if (u.left == 0) return;
-        if (GATHERED || SCALED) {
+        if (GATHERED || SCALED || FACTORED) {
             int pair[DETAILS];
 #pragma unroll
             for (int i = 0; i < DETAILS; ++i) {
@@ -37,6 +37,11 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
                 if (lane + i * 32 >= COLUMNS) break;
                 if (GATHERED) store_shared(announced.rows_of(n) + at, (uint32)(pair[i] / top_k) * (uint32)row_chunks);
                 if (SCALED) store_shared(announced.scales_of(n) + at, __float_as_uint(p.output_scale[pair[i]]));
+                if (FACTORED) {
+                    const int row = GATHERED ? pair[i] / top_k : u.row + min(lane + i * 32, u.left - 1);
+                    const float factor = p.row_factor ? p.row_factor[row] : 1.0f;
+                    store_shared(announced.factors_of(n) + at, __float_as_uint(factor));
+                }
             }
             barrier_arrive(announced.detailed(n));
         }
@@ -71,7 +76,7 @@ __device__ __forceinline__ void fetch(Tiles tiles, const Announced& announced, R
             }
         }
     }
-    if (!GATHERED) wait_for_previous();
+    wait_for_previous(); // which may have written the weights
     for (int n = 0;; ++n, primed = 0) {
         const Unit u = announced.wait(n);
         barrier_arrive(announced.free(n));
@@ -168,11 +173,12 @@ __device__ __forceinline__ void consume(const Announced& announced, Ring ring, c
     for (int n = 0;; ++n) {
         const Unit unit = announced.wait(n);
         if (unit.left == 0) return;
-        const Biases biases = load_biases(p, unit, group); // on their way while the products run
+        // on their way while the products run
+        const OfRows biases = load_biases(p, unit, group), factors = load_factors(p, unit, group);
         float d[M_BLOCKS][COLUMNS / 2];
         multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
-        if (SCALED) barrier_wait(announced.detailed(n), announced.parity(n));
-        store_tile(d, p, biases, unit, staging, announced.scales_of(n), group);
+        if (SCALED || FACTORED) barrier_wait(announced.detailed(n), announced.parity(n));
+        store_tile(d, p, biases, factors, unit, staging, announced.scales_of(n), announced.factors_of(n), group);
         barrier_arrive(announced.free(n));
     }
 }

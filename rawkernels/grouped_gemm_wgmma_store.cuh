@@ -9,7 +9,7 @@
 
 // ---- arithmetic ----
 
-// Column of the bias that belongs to output `column`: its gate (or only) row of the weights, and its up row.
+// Column of the bias and of the factors that belongs to output `column`: its gate (or only) row of the weights, and its up row.
 __device__ __forceinline__ int gate_row(const Problem& p, int column) { return p.interleaved ? 2 * column : column; }
 __device__ __forceinline__ int up_row(const Problem& p, int column)
 {
@@ -21,12 +21,25 @@ __device__ __forceinline__ float bias_at(const Problem& p, int expert, int row, 
     return BIASED && column < p.outputs ? p.bias[expert * width + row] : 0.0f;
 }
 
-// (sum + bias) * scale of the sums of two tokens, rounded: two h in one register.
-__device__ __forceinline__ uint32 rounded_pair(const float* sum, float bias, float scale0, float scale1)
+__device__ __forceinline__ float factor_at(const Problem& p, int expert, int row, int column)
+{
+    if (!FACTORED || !p.column_factor || column >= p.outputs) return 1.0f;
+    return p.column_factor[(int64)expert * p.factor_columns + (p.factor_columns == 1 ? 0 : row)];
+}
+
+// What the sums of two tokens are multiplied by.
+struct OfTokens {
+    float factor[2], scale[2];
+};
+
+// (sum * factors + bias) * scale of the sums of two tokens, rounded: two h in one register.
+__device__ __forceinline__ uint32 rounded_pair(const float* sum, float factor, float bias, const OfTokens& of)
 {
     float x = sum[0], y = sum[1];
+    if (FACTORED) // a product of its own, never merged with the addition
+        x = __fmul_rn(x, __fmul_rn(of.factor[0], factor)), y = __fmul_rn(y, __fmul_rn(of.factor[1], factor));
     if (BIASED) x += bias, y += bias;
-    if (SCALED) x *= scale0, y *= scale1;
+    if (SCALED) x *= of.scale[0], y *= of.scale[1];
     return store_pair<X>(x, y);
 }
 
@@ -54,20 +67,29 @@ __device__ __forceinline__ int first_output(const Unit& unit, int group)
     return unit.block * TILE_OUTPUTS + (group * 4 + threadIdx.x % 128 / 32) * WARP_OUTPUTS;
 }
 
-struct Biases {
+struct OfRows {
     float gate[CHUNKS], up[CHUNKS]; // of the output that this lane holds of each eight; without a gate: `gate`
 };
 
-__device__ __forceinline__ Biases load_biases(const Problem& p, const Unit& unit, int group)
+template <typename At>
+__device__ __forceinline__ OfRows load_of_rows(const Problem& p, const Unit& unit, int group, At at)
 {
-    Biases b;
+    OfRows of;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
         const int column = first_output(unit, group) + c * 8 + threadIdx.x % 32 / 4;
-        b.gate[c] = bias_at(p, unit.expert, GATED ? gate_row(p, column) : column, column);
-        b.up[c] = GATED ? bias_at(p, unit.expert, up_row(p, column), column) : 0.0f;
+        of.gate[c] = at(p, unit.expert, GATED ? gate_row(p, column) : column, column);
+        of.up[c] = GATED ? at(p, unit.expert, up_row(p, column), column) : 0.0f;
     }
-    return b;
+    return of;
+}
+__device__ __forceinline__ OfRows load_biases(const Problem& p, const Unit& unit, int group)
+{
+    return load_of_rows(p, unit, group, bias_at);
+}
+__device__ __forceinline__ OfRows load_factors(const Problem& p, const Unit& unit, int group)
+{
+    return load_of_rows(p, unit, group, factor_at);
 }
 
 // Sums of eight tokens from `column` on: the gates of the `c`-th eight outputs of this warp, and their ups.
@@ -86,9 +108,11 @@ __device__ __forceinline__ uint32 staged(int token, int chunk)
     return token * (WARP_OUTPUTS * 2) + ((chunk ^ (token * CHUNKS / 8 & CHUNKS - 1)) << 4);
 }
 
-// What is read back of some tokens leaves while the next are worked out.
-__device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const Biases& b,
-                                           const Unit& unit, uint32 staging, uint32 scales, int group)
+// What is read back of some tokens leaves while the next are worked out; if FACTORED at once, which takes fewer
+// registers: the factors need them.
+__device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 2], const Problem& p, const OfRows& b,
+                                           const OfRows& f, const Unit& unit, uint32 staging, uint32 scales,
+                                           uint32 factors, int group)
 {
     constexpr int STEP = EIGHTS * 8, EIGHT = 8 * WARP_OUTPUTS * 2; // tokens, and bytes of eight of them
     const int lane = threadIdx.x % 32, token = min(lane / CHUNKS, 7), chunk = lane % CHUNKS; // this lane's piece
@@ -98,21 +122,21 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
     const int64 eight = (int64)8 * p.outputs;
     X* out = p.out + (int64)(unit.row + token) * p.outputs + column;
     uint4 piece[EIGHTS];
-    float scale[EIGHTS][2];
-    const auto load_scales = [&](int first) {
+    OfTokens of[EIGHTS] = {};
+    const auto load_of_tokens = [&](int first) {
 #pragma unroll
-        for (int e = 0; e < EIGHTS; ++e)
-            if (SCALED)
-                load_shared(scales + (first + e * 8) * 4 + lane % 4 * 8, scale[e][0], scale[e][1]);
-            else
-                scale[e][0] = scale[e][1] = 1.0f;
+        for (int e = 0; e < EIGHTS; ++e) {
+            const int at = (first + e * 8) * 4 + lane % 4 * 8;
+            if (SCALED) load_shared(scales + at, of[e].scale[0], of[e].scale[1]);
+            if (FACTORED) load_shared(factors + at, of[e].factor[0], of[e].factor[1]);
+        }
     };
     const auto leave = [&](int first) { // those from token `first` on
 #pragma unroll
         for (int e = 0; e < EIGHTS; ++e, out += eight)
             if (first + e * 8 < left) store_global(out, piece[e]);
     };
-    load_scales(0);
+    load_of_tokens(0);
     int done = 0;
 #pragma unroll
     for (int i = 0; i < COLUMNS; i += STEP) {
@@ -122,12 +146,11 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
         for (int e = 0; e < EIGHTS; ++e)
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
-                const float s0 = scale[e][0], s1 = scale[e][1];
-                const uint32 gate = rounded_pair(gates(d, c, i + e * 8), b.gate[c], s0, s1);
+                const uint32 gate = rounded_pair(gates(d, c, i + e * 8), f.gate[c], b.gate[c], of[e]);
                 bits[e][c] =
-                    activated_pair(p, gate, GATED ? rounded_pair(ups(d, c, i + e * 8), b.up[c], s0, s1) : gate);
+                    activated_pair(p, gate, GATED ? rounded_pair(ups(d, c, i + e * 8), f.up[c], b.up[c], of[e]) : gate);
             }
-        if (i > 0) leave(i - STEP);
+        if (!FACTORED && i > 0) leave(i - STEP);
         __syncwarp(); // all have read what was there
 #pragma unroll
         for (int e = 0; e < EIGHTS; ++e)
@@ -137,11 +160,12 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
                 store_transposed(to + e * EIGHT, bits[e][0], bits[e][1]);
             else
                 store_transposed(to + e * EIGHT, bits[e][0]);
-        if (i + STEP < COLUMNS) load_scales(i + STEP);
+        if (i + STEP < COLUMNS) load_of_tokens(i + STEP);
         __syncwarp();
 #pragma unroll
         for (int e = 0; e < EIGHTS; ++e) piece[e] = load_chunk(from + e * EIGHT);
+        if (FACTORED) leave(i);
         done = i;
     }
-    leave(done);
+    if (!FACTORED) leave(done);
 }

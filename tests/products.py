@@ -43,6 +43,8 @@ class Product(NamedTuple):
     offsets: np.ndarray
     bias: np.ndarray
     output_scale: np.ndarray
+    row_factor: np.ndarray
+    column_factor: np.ndarray
     activation: str
     interleaved: bool
     parameters: tuple
@@ -56,7 +58,8 @@ class Product(NamedTuple):
 
 def make_product(seed, num_tokens, top_k, num_experts, outputs, k, dtype, activation="", skipped=0.2, **parts):
     """
-    Draw a product; `parts` are in_place, input_scale, bias, output_scale: what there is.
+    Draw a product; `parts` are in_place, input_scale, bias, output_scale, row_factor, column_factor: what there is.
+    A `column_factor` of "one" is one for each matrix.
 
     Rows that no expert has are NaN and lie behind the others.
     """
@@ -75,6 +78,8 @@ def make_product(seed, num_tokens, top_k, num_experts, outputs, k, dtype, activa
         x[offsets[-1] :] = np.nan
     nothing, scale = np.empty(0, np.float32), rng.random(ids.size, np.float32) + np.float32(0.5)
     rule = act.ACTIVATIONS[activation] if activation else None
+    column_factor = rng.random((num_experts, 1 if parts.get("column_factor") == "one" else n), np.float32)
+    row_factor = rng.random(rows, np.float32)
     given = {name: 2.5 for name in (rule.takes if rule else ()) if getattr(rule, name) is None}
     return Product(
         x,
@@ -85,6 +90,8 @@ def make_product(seed, num_tokens, top_k, num_experts, outputs, k, dtype, activa
         offsets,
         rng.standard_normal((num_experts, n), np.float32) if parts.get("bias") else np.empty((0, 0), np.float32),
         scale[::-1].copy() if parts.get("output_scale") else nothing,
+        row_factor + np.float32(0.5) if parts.get("row_factor") else nothing,
+        column_factor + np.float32(0.5) if parts.get("column_factor") else np.empty((0, 0), np.float32),
         activation,
         rule.interleaved if rule else False,
         rule.parameters(**given) if rule else (1.0, 0.0, np.inf),
@@ -99,12 +106,21 @@ def law(p, kernel):
     for e in range(len(p.weights)):
         rows = slice(p.offsets[e], p.offsets[e + 1])
         pairs = p.permuted_idx[rows]
-        x = p.x[pairs // p.top_k if p.top_k else rows].astype(np.float64)
+        source = pairs // p.top_k if p.top_k else np.arange(rows.start, rows.stop)
+        x = p.x[source].astype(np.float64)
         first = experts.Bounded(x, np.zeros_like(x))
         if p.input_scale.size:
             x = x * p.input_scale[pairs, None].astype(np.float64)
             first = experts.Bounded(x, rounded(x, SUM_UNIT * np.abs(x), dtype))
-        h = experts.linear(first, p.weights[e], p.bias[e] if p.bias.size else None, unit)
+        bias = p.bias[e] if p.bias.size else None
+        if p.row_factor.size or p.column_factor.size:
+            columns = p.column_factor[e].astype(np.float64) if p.column_factor.size else np.ones(1)
+            columns = np.broadcast_to(columns, p.weights.shape[1])
+            factor = p.row_factor[source, None].astype(np.float64) if p.row_factor.size else np.ones((len(source), 1))
+            factor = experts.Bounded(factor, np.zeros_like(factor))
+            h = experts.factored(experts.linear(first, p.weights[e], None, unit), factor, columns, bias)
+        else:
+            h = experts.linear(first, p.weights[e], bias, unit)
         if p.output_scale.size:
             h = experts.scaled(h, p.output_scale[pairs, None].astype(np.float64))
         h = experts.Bounded(h.value, rounded(h.value, h.error, dtype))
@@ -125,9 +141,12 @@ class OnSide(NamedTuple):
     top_k: int
     input_scale: Any
     weights: Any
+    weight_format: Any
     offsets: Any
     bias: Any
     output_scale: Any
+    row_factor: Any
+    column_factor: Any
     activation: str
     interleaved: bool
     parameters: tuple
@@ -136,6 +155,7 @@ class OnSide(NamedTuple):
     schedule: Any
     block_rows: int
     ahead: bool
+    expanded: Any
     out: Any
 
     def __call__(self):
@@ -153,9 +173,10 @@ class OnSide(NamedTuple):
     def multiply(self):
         """Multiply with the tiles that are listed."""
         self.room.grouped_gemm(
-            self.x, self.permuted_idx, self.top_k, self.input_scale, self.weights, self.offsets, self.bias,
-            self.output_scale, self.activation, self.interleaved, *self.parameters, self.dtype, self.kernel,
-            self.schedule, self.block_rows, self.ahead, self.out,
+            self.x, self.permuted_idx, self.top_k, self.input_scale, self.weights, self.weight_format, self.offsets,
+            self.bias, self.output_scale, self.row_factor, self.column_factor, self.activation, self.interleaved,
+            *self.parameters, self.dtype, self.kernel, self.schedule, self.block_rows, self.ahead, self.expanded,
+            self.out,
         )  # fmt: skip
 
 
@@ -179,9 +200,12 @@ def on_side(xp, p, dtype, kernel, **other):
         p.top_k,
         xp.asarray(p.input_scale),
         bits(xp, p.weights),
+        None,
         xp.asarray(p.offsets),
         xp.asarray(p.bias),
         xp.asarray(p.output_scale),
+        xp.asarray(p.row_factor),
+        xp.asarray(p.column_factor),
         p.activation,
         p.interleaved,
         p.parameters,
@@ -190,6 +214,7 @@ def on_side(xp, p, dtype, kernel, **other):
         xp.empty(permute.schedule_size(p.num_rows, len(p.weights), block_rows), np.int32),
         block_rows,
         block_rows > 0 and p.top_k == 0,
+        xp.empty((0, 0, 0), np.uint16),
         bits(xp, np.full((p.num_rows, outputs), 7, dtype)),
     )
     return side._replace(**other)

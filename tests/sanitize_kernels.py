@@ -34,9 +34,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 # constants that make a tile: each that a launcher lists is called
 TILE = {
-    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED"),
-    "grouped_gemm_mma.cu": ("X", "BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED"),
-    "grouped_gemm_fma.cu": ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED"),
+    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED", "FACTORED"),
+    "grouped_gemm_mma.cu": ("X", "BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED"),
+    "grouped_gemm_fma.cu": ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED"),
 }
 
 
@@ -147,6 +147,25 @@ def activations(d):
         cumoe.moe_activation(d.floats(7, columns, dtype=dtype), name, **more)
 
 
+def formats(d):
+    """Every scheme and group, of every width of a load, and groups that several blocks share."""
+    schemes = (
+        *((scheme, group, {}) for scheme in ("fp8", "int8", "uint8") for group in ((-1, -1), (1, -1), (1, 8), (3, 5))),
+        *(("fp8", group, {"use_ue8m0": True}) for group in ((1, -1), (1, 32))),
+        *(("int4", (1, 32), {"zero_points": zeros}) for zeros in (False, True)),
+        *((scheme, None, {}) for scheme in ("mxfp4", "mxfp8", "nvfp4")),
+        ("uint8", (128, 128), {"zero_points": True}),
+    )
+    for scheme, group, options in schemes:
+        for dtype in DTYPES if scheme != "mxfp8" else DTYPES[:1]:
+            for shape in ((3, 6, 38), (2, 130, 264)):
+                quantized = cumoe.quantize(d.floats(*shape, dtype=dtype), scheme, group, **options)
+                cumoe.dequantize(quantized, dtype)
+    cumoe.quantize(d.floats(300, 1001), "fp8")
+    cumoe.quantize(d.floats(38 * 4 + 1)[1:].reshape(4, 38), "nvfp4")
+    cumoe.quantize(d.floats(0, 32), "fp8")
+
+
 def unpermute(d):
     """Rows back to tokens."""
     sizes = ((37, 1), (40, 3), (520, 10), (9, 12), (9, 40))
@@ -189,6 +208,18 @@ def layers(d):
         cumoe.grouped_gemm(a, b, d.xp.asarray(np.array([0, 5, 5, 23], dtype)), bias=d.floats(3, 24))
     logits, (w1, w2) = d.floats(6, 5), weights(d, "bfloat16", 40, 24)
     cumoe.fused_moe(d.floats(6, 40, dtype="bfloat16"), w1, w2, logits, top_k=2)
+
+
+def products(d):
+    """Weights that are codes, and factors, on every kernel and tile."""
+    from coded_products import GPU_KERNELS, on_every_tile  # it imports pytest
+
+    heights = {"wgmma": _grouped_gemm_wgmma._TILES if _load.capability() == 90 else ()}
+    for dtype, kernel in GPU_KERNELS:
+        with as_if(multiprocessors=1):
+            for product in on_every_tile(d.xp, kernel, dtype, heights.get(kernel, _grouped_gemm_mma._HEIGHTS)):
+                if product.codes().tobytes() != product.numbers().tobytes() and d.judged:
+                    raise SystemExit(f"{kernel}, {dtype}: codes are not their numbers, {product.codes}")
 
 
 def weights(d, dtype, hidden_size, intermediate_size, gated=True, num_experts=5):
@@ -248,7 +279,7 @@ def as_if(multiprocessors=None, height=None):
         _load.multiprocessors, _grouped_gemm_wgmma._MANY_UNITS, grouped_gemm.block_rows = before
 
 
-CALLS = (route, grouped_route, other_routes, sort, align, activations, unpermute, layers)
+CALLS = (route, grouped_route, other_routes, sort, align, activations, formats, unpermute, layers, products)
 
 
 # -- what was called --------------------------------------------------------------------------------

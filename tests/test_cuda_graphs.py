@@ -300,3 +300,26 @@ def test_torch_captures_among_its_own_work(torch):
     torch.cuda.synchronize()
     expected = cumoe.fused_experts(given.hidden_states, prepared, None, *choices)
     assert torch.equal(doubled, expected + expected)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group"), [("fp8", (-1, -1)), ("fp8", (1, 128)), ("uint8", (1, -1)), ("nvfp4", None)]
+)
+def test_quantisers(scheme, group):
+    first, second = (np.random.default_rng(seed).standard_normal((2, 260, 1024), np.float32) for seed in range(2))
+    x, other, kept = on(cupy, first), on(cupy, second), []
+
+    def call():
+        kept.clear()  # so that the pool has the memory again
+        kept.append(cumoe.quantize(x, scheme, group))
+        kept.append(cumoe.dequantize(kept[0]))
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    graph = capture(stream, call)
+    cupy.copyto(x, other)
+    cupy.cuda.get_current_stream().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    expected = cumoe.quantize(second, scheme, group)
+    np.testing.assert_array_equal(kept[0].values.get().view(np.uint8), expected.values.view(np.uint8))
+    np.testing.assert_array_equal(kept[1].get(), cumoe.dequantize(expected))

@@ -20,6 +20,7 @@ from cumoe.rawkernels import (
     _grouped_gemm_wgmma,
     _rows,
     _tensor_maps,
+    formats,
     grouped_gemm,
     permute,
     route,
@@ -45,12 +46,14 @@ def constant_of(file, name):
     raise KeyError(name)
 
 
+@pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tile", _grouped_gemm_wgmma._TILES.values(), ids=lambda tile: str(tile.tokens))
-def test_tiles_of_hoppers_kernel(tile, gated, scaled):
+def test_tiles_of_hoppers_kernel(tile, gated, scaled, factored):
     activation, gathered = "silu" if gated else "", gated
-    constants = _grouped_gemm_wgmma._constants(tile, "bfloat16", activation, gathered, scaled=scaled)
+    given = {"scaled": scaled, "factored": factored}
+    constants = _grouped_gemm_wgmma._constants(tile, "bfloat16", activation, gathered, **given)
     assert constants["GATED"] == gated
     barriers = 16  # of a stage
     check(
@@ -59,7 +62,7 @@ def test_tiles_of_hoppers_kernel(tile, gated, scaled):
         BLOCK_K=_tensor_maps.BLOCK_K,
         WEIGHTS=tile.weights,
         STAGE=tile.stage_bytes - barriers,
-        **{"GROUPS * 4 * STAGING + Announced::BYTES": tile.fixed_bytes(gated, gathered, scaled)},
+        **{"GROUPS * 4 * STAGING + Announced::BYTES": tile.fixed_bytes(gated, gathered, scaled, factored)},
     )
 
 
@@ -96,6 +99,11 @@ def test_a_warp_and_its_rows():
     check("unpermute.cu", constants, MAX_THREADS=unpermute._MOST_THREADS, WARP=unpermute._WARP)
 
 
+def test_blocks_that_decode():
+    *_, constants = next(one for one in formats.variants(ARCH) if one[1] == "decode_experts")
+    check("format_decode.cu", constants, RESIDENT=formats._RESIDENT)
+
+
 def test_kernels_in_python():
     assert permute._SUMS_WORDS == constant_of("_sort_kernels.py", "SUMS_WORDS")
     for file in ("_sort_kernels.py", "_few_kernels.py", "_tile_kernels.py"):
@@ -119,8 +127,9 @@ def huge(*shape):
 def product(kernel, x, top_k, out):
     nothing = np.empty(0, np.float32)
     order = np.zeros(8 if top_k else 0, np.int32)
+    scales = nothing, nothing, nothing, nothing
     steps = "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, nothing, 8, False
-    grouped_gemm.grouped_gemm(x, order, top_k, nothing, huge(1, 8, 8), nothing, nothing, nothing, *steps, out)
+    grouped_gemm.grouped_gemm(x, order, top_k, nothing, huge(1, 8, 8), None, nothing, *scales, *steps, nothing, out)
 
 
 @pytest.mark.parametrize("kernel", ["wgmma", "mma"])

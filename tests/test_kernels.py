@@ -40,6 +40,12 @@ def wgmma(entry, c):
     return found + (("USETMAXREG",) if c["CONSUMER_REGISTERS"] else ())
 
 
+def extremes(entry, c):
+    """Wide loads, one instruction over a warp, and an addition in memory where blocks share a group."""
+    over_team = () if c["TEAM"] == 1 else (WARP_MAX,) if c["TEAM"] >= 32 else (ADD_UP,)
+    return (*(("LDG.E.128",) if c["WIDTH"] > 1 else ()), *over_team, "REDG?.E.MAX|ATOMG?.E.MAX")
+
+
 # file -> (entry point, constants) -> what must be among its instructions
 INSTRUCTIONS = {
     "_copy_kernels.py": lambda entry, c: WIDE if c["UNIT"] == "bytes16" else (),
@@ -50,6 +56,10 @@ INSTRUCTIONS = {
     "_wide_kernels.py": lambda entry, c: (),
     "act.cu": lambda entry, c: WIDE if c["BYTES"] == 16 else (),
     "dense_route.cu": lambda entry, c: (WARP_MAX,) if entry == "topk_from_dense" else (),
+    "format_decode.cu": lambda entry, c: ("STG.E.128",) if c["WIDTH"] == 16 else (),
+    "format_encode.cu": lambda entry, c: ("LDG.E.128",) if c["WIDTH"] == 16 else (),
+    "format_extremes.cu": extremes,
+    "format_scales.cu": lambda entry, c: (),
     "grouped_gemm_fma.cu": lambda entry, c: ("FFMA", *COPIES[c["COPY_X"]]),
     "grouped_gemm_mma.cu": mma,
     "grouped_gemm_wgmma.cu": wgmma,

@@ -338,15 +338,16 @@ def test_tokens_beyond_int32(xp):
     x, w, rows = untouched(xp, (num_tokens, k)), on(xp, draw((1, n, k), 0.1, 30)), draw((2, k), 0.1, 31)
     x[-2:] = on(xp, rows)
     pairs = on(xp, np.array([num_tokens * topk - 1, num_tokens * topk - 3, 0], np.int32))
-    out, nothing, offsets = xp.empty((3, n), np.uint16), xp.empty(0, np.float32), on(xp, np.array([0, 3]))
+    out, offsets = xp.empty((3, n), np.uint16), on(xp, np.array([0, 3]))
+    nothing, no_matrix = xp.empty(0, np.float32), xp.empty((0, 0), np.float32)
     room, permute = _arrays.room(xp, "grouped_gemm"), _arrays.room(xp, "permute")
     kernel = _arrays.room(xp, "pack").best_kernel("bfloat16", k, n, True, False)
     block_rows = room.block_rows(3, 1, k, n, "bfloat16", kernel)
     schedule = xp.empty(permute.schedule_size(3, 1, block_rows), np.int32)
     permute.list_tiles(offsets, schedule, block_rows)
     room.grouped_gemm(
-        x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), offsets, xp.empty((0, 0), np.float32),
-        nothing, "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, schedule, block_rows, False, out,
+        x.view(np.uint16), pairs, topk, nothing, w.view(np.uint16), None, offsets, no_matrix, nothing, nothing,
+        no_matrix, "", False, 0.0, 0.0, 0.0, "bfloat16", kernel, schedule, block_rows, False, no_matrix, out,
     )  # fmt: skip
     same = on(xp, np.stack([rows[1], rows[0], np.zeros_like(rows[0])]))
     assert out.tobytes() == cumoe.grouped_gemm(same, w, offsets).tobytes()

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe.reference.experts import Bounded, activated, ratio, scaled, unknown_is_infinite
-from cumoe.reference.rounding import FLUSH, gamma, rounded
+from cumoe.reference.experts import activated, ratio, scaled, unknown_is_infinite
+from cumoe.reference.rounding import FLUSH, Bounded, gamma, rounded
 
 SAMPLE = 8
 

@@ -11,28 +11,22 @@ For token t, choice j, e = expert_map[topk_ids[t, j]], skipped if e is outside 0
 
 "Rounded" is what a computation may do: each arrow adds at most one rounding to the dtype of the
 activations; the float64 value has none. The bound is a forward error analysis of these lines, so it
-holds for every input, not for typical ones (features: rounding.py; activations: act.py).
+holds for every input, not for typical ones (features: rounding.py; activations: act.py). Quantised
+operands (quantised.py) take the places of w1, w2, x' and a; their factors meet the sums before the bias.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cumoe.reference import act
-from cumoe.reference.rounding import FLUSH, SUM_UNIT, gamma, largest, rounded
-
-
-class Bounded(NamedTuple):
-    """A value and the largest error that a computation of it may have, elementwise, float64."""
-
-    value: np.ndarray
-    error: np.ndarray
+from cumoe.reference import act, quantised
+from cumoe.reference.rounding import FLUSH, SUM_UNIT, Bounded, gamma, largest, rounded
 
 
 def fused_experts(
     hidden_states: np.ndarray,
-    w1: np.ndarray,
-    w2: np.ndarray,
+    w1: np.ndarray | quantised.Weights,
+    w2: np.ndarray | quantised.Weights,
     topk_weights: np.ndarray,
     topk_ids: np.ndarray,
     *,
@@ -45,42 +39,99 @@ def fused_experts(
     apply_router_weight_on_input: bool | str = False,
     expert_map: np.ndarray | None = None,
     operand_unit: float = 0.0,
+    a1: quantised.Rows | None = None,
+    a2: quantised.Rows | None = None,
 ) -> Bounded:
     """
     The formula of this file for every row of `hidden_states`, (T, H) float64 both.
 
-    With `operand_unit` (`rounding.TF32_UNIT`), a product may round both of its operands once more.
+    With `operand_unit` (`rounding.TF32_UNIT`), a product may round both of its operands once more. `w1` and `w2` are
+    arrays or `quantised.Weights`; `a1` and `a2` say how the rows before them are quantised, weights as well then.
     """
     num_tokens, hidden_size = hidden_states.shape
     dtype = hidden_states.dtype
     x = hidden_states.astype(np.float64, order="C")
     weights = np.asarray(topk_weights).astype(np.float32).astype(np.float64)
     experts = local_experts(topk_ids, len(w1), expert_map)
-    out = np.zeros((num_tokens, hidden_size))
-    size = np.zeros_like(out)
-    error = np.zeros_like(out)
-    for e in np.unique(experts[experts >= 0]):
-        tokens, choices = np.nonzero(experts == e)
-        weight = weights[tokens, choices][:, None]
-        first = Bounded(x[tokens], np.zeros((len(tokens), hidden_size)))
-        if apply_router_weight_on_input in (True, "hidden_states"):
-            value = first.value * weight
-            first = Bounded(value, rounded(value, SUM_UNIT * np.abs(value), dtype))
-        h = linear(first, w1[e], None if w1_bias is None else w1_bias[e], operand_unit)
-        if apply_router_weight_on_input == "accumulator":
-            h = scaled(h, weight)
-        h = Bounded(h.value, rounded(h.value, h.error, dtype))
-        a = activated(h, activation, alpha, beta, limit)
-        a = Bounded(a.value, rounded(a.value, a.error, dtype))
-        y = linear(a, w2[e], None if w2_bias is None else w2_bias[e], operand_unit)
-        if not apply_router_weight_on_input:
-            y = scaled(y, weight)
-        np.add.at(out, tokens, y.value)
-        np.add.at(size, tokens, np.abs(y.value))
-        np.add.at(error, tokens, rounded(y.value, y.error, dtype))
+    on_tokens = apply_router_weight_on_input in (True, "hidden_states")
+    used = [(e, *np.nonzero(experts == e)) for e in np.unique(experts[experts >= 0])]
     with np.errstate(invalid="ignore", over="ignore"):
+        batch = None
+        if a1 is not None and a1.is_batch_wide:
+            whole = x if a1.batch is None else np.asarray(a1.batch).astype(np.float64)
+            tokens = Bounded(whole, np.zeros_like(whole))
+            batch = quantised.batch_scale(_times(tokens, weights[:, :1], dtype) if on_tokens else tokens, a1)
+        between = []
+        for e, tokens, choices in used:
+            weight = weights[tokens, choices][:, None]
+            first = Bounded(x[tokens], np.zeros((len(tokens), hidden_size)))
+            if on_tokens:
+                first = _times(first, weight, dtype)
+            h = product(first, w1, e, a1, batch, w1_bias, operand_unit, dtype)
+            if apply_router_weight_on_input == "accumulator":
+                h = scaled(h, weight)
+            h = Bounded(h.value, rounded(h.value, h.error, dtype))
+            a = activated(h, activation, alpha, beta, limit)
+            between.append(Bounded(a.value, rounded(a.value, a.error, dtype)))
+        batch = None
+        if a2 is not None and a2.is_batch_wide and between:
+            batch = quantised.batch_scale(_joined(between), a2)
+        out = np.zeros((num_tokens, hidden_size))
+        size, error = np.zeros_like(out), np.zeros_like(out)
+        for (e, tokens, choices), a in zip(used, between, strict=True):
+            y = product(a, w2, e, a2, batch, w2_bias, operand_unit, dtype)
+            if not apply_router_weight_on_input:
+                y = scaled(y, weights[tokens, choices][:, None])
+            np.add.at(out, tokens, y.value)
+            np.add.at(size, tokens, np.abs(y.value))
+            np.add.at(error, tokens, rounded(y.value, y.error, dtype))
         error += gamma(topk_ids.shape[1]) * (size + error)
         return Bounded(out, unknown_is_infinite(rounded(out, error, dtype)))
+
+
+def product(
+    x: Bounded,
+    weights: Any,
+    e: int,
+    rows: quantised.Rows | None,
+    batch: Any,
+    biases: np.ndarray | None,
+    operand_unit: float,
+    dtype: np.dtype,
+) -> Bounded:
+    """Rows of one expert times its weights, plus its bias; either may be quantised."""
+    bias = None if biases is None else biases[e]
+    if not isinstance(weights, quantised.Weights):
+        return linear(x, weights[e], bias, operand_unit)
+    row_factor = Bounded(np.ones((len(x.value), 1)), np.zeros((len(x.value), 1)))
+    if rows is not None:
+        x, row_factor = quantised.quantise(x, rows, dtype, e, batch)
+    numbers, column_factor = weights.operand(e, dtype)
+    sums = linear(x, numbers.value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        grown = times(np.abs(x.value) + x.error, numbers.error)  # what rounding the weights may change
+        sums = Bounded(sums.value, sums.error + (1 + gamma(x.value.shape[1] + 2)) * grown)
+        return factored(sums, row_factor, column_factor, bias)
+
+
+def factored(sums: Bounded, row_factor: Bounded, column_factor: np.ndarray, bias: np.ndarray | None) -> Bounded:
+    """``sums * (row factor * column factor) + bias``, three float32 operations."""
+    b = np.zeros(len(column_factor)) if bias is None else np.asarray(bias).astype(np.float64)
+    factor, off = row_factor.value * column_factor, row_factor.error * np.abs(column_factor)
+    value = sums.value * factor + b
+    error = sums.error * (np.abs(factor) + off) + np.abs(sums.value) * off
+    most = (np.abs(sums.value) + sums.error) * (np.abs(factor) + off) + np.abs(b)
+    return Bounded(value, unknown_is_infinite(error + gamma(3) * most + 3 * FLUSH))
+
+
+def _times(rows: Bounded, weight: np.ndarray, dtype: np.dtype) -> Bounded:
+    """Tokens times their router weight, rounded."""
+    value = rows.value * weight
+    return Bounded(value, rounded(value, SUM_UNIT * np.abs(value), dtype))
+
+
+def _joined(parts: list[Bounded]) -> Bounded:
+    return Bounded(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def linear(x: Bounded, weights: np.ndarray, bias: np.ndarray | None = None, operand_unit: float = 0.0) -> Bounded:

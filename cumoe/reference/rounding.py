@@ -4,8 +4,18 @@ How much a number may change when it is stored, and how much a sum when it is ad
 Every tolerance of the tests comes from this table; none is chosen by hand.
 """
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
+
+
+class Bounded(NamedTuple):
+    """A value and the largest error that a computation of it may have, elementwise, float64."""
+
+    value: np.ndarray
+    error: np.ndarray
+
 
 # Unit of a float32 sum. Half an ulp (2**-24) would do for IEEE additions; tensor cores and matrix units
 # truncate aligned addends instead, which costs up to one ulp an addition.

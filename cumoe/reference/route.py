@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe.reference.experts import Bounded
-from cumoe.reference.rounding import FLUSH, rounded
+from cumoe.reference.rounding import FLUSH, Bounded, rounded
 
 UNIT = 2.0**-24
 _EXP = 4 * UNIT

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cumoe.reference.experts import Bounded
-from cumoe.reference.rounding import FLUSH, gamma, rounded
+from cumoe.reference.rounding import FLUSH, Bounded, gamma, rounded
 
 Array = np.ndarray[Any, Any]
 

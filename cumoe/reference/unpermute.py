@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cumoe.reference.experts import Bounded, unknown_is_infinite
-from cumoe.reference.rounding import FLUSH, gamma, rounded
+from cumoe.reference.experts import unknown_is_infinite
+from cumoe.reference.rounding import FLUSH, Bounded, gamma, rounded
 
 
 def unpermute(

@@ -1,0 +1,290 @@
+"""
+A quantisation config taken apart: the format of each weight, and how the rows before each product are quantised.
+
+Scales that do not change along K become factors of the sums, so that codes are multiplied exactly; the others stay with
+the codes. Everything is checked against the shapes of the weights here, once.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cumoe import _arrays, _check, _packing
+from cumoe._arrays import Array
+from cumoe._quant_config import FusedMoEQuantConfig
+from cumoe._quant_desc import DType, FusedMoEQuantDesc, GroupShape, dtype_name
+from cumoe._schemes import DTYPES, SCHEMES
+from cumoe._weight_format import WeightFormat
+
+_SCHEME_OF = {
+    "float8_e4m3fn": "fp8",
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "int4",
+    "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+}
+_OF_ROWS = {name: scheme for name, scheme in _SCHEME_OF.items() if scheme != "int4"}
+_FIXED_GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+_E8M0, _E4M3 = "float8_e8m0fnu", "float8_e4m3fn"
+
+
+class Rows(NamedTuple):
+    """How the rows before a product are quantised."""
+
+    scheme: str
+    cols: int  # of a group of a row, -1 for all
+    per_tensor: bool
+    scale: Array  # float32 (1,): static; or None
+    global_scale: Array  # float32 (1,) or (E,), of nvfp4; or None
+
+    @property
+    def is_batch_wide(self) -> bool:
+        """Whether a token's bits depend on the other tokens."""
+        return self.per_tensor and self.scale is None
+
+    @property
+    def is_by_expert(self) -> bool:
+        """Whether each expert has its own global scale."""
+        return self.global_scale is not None and len(self.global_scale) > 1
+
+
+class Weight(NamedTuple):
+    """A quantised weight beside its codes."""
+
+    format: WeightFormat
+    factor: Array  # float32 (E, N), (E, 1) or (0, 0)
+
+
+class Scheme(NamedTuple):
+    """The four operands of a layer; rows are None where they stay as they are."""
+
+    w1: Weight
+    w2: Weight
+    a1: Rows | None
+    a2: Rows | None
+
+
+def is_quantised(quant_config: Any) -> bool:
+    """Whether a config quantises anything; raise if it is no config."""
+    if quant_config is None:
+        return False
+    if not isinstance(quant_config, FusedMoEQuantConfig):
+        raise TypeError(f"quant_config must be a FusedMoEQuantConfig, got {type(quant_config).__name__}")
+    descs = quant_config._a1, quant_config._a2, quant_config._w1, quant_config._w2
+    return any(desc.dtype is not None for desc in descs)
+
+
+def parts(quant_config: FusedMoEQuantConfig) -> dict[str, Array]:
+    """The arrays of a config beside its biases, by name."""
+    names = ("scale", "zp"), ("scale", "gscale")
+    weights = {f"w{i}_{part}": getattr(quant_config, f"w{i}_{part}") for i in (1, 2) for part in names[0]}
+    rows = {f"a{i}_{part}": getattr(quant_config, f"a{i}_{part}") for i in (1, 2) for part in names[1]}
+    return weights | rows | {f"g{i}_alphas": getattr(quant_config, f"g{i}_alphas") for i in (1, 2)}
+
+
+def logical_shape(name: str, codes: Array, desc: FusedMoEQuantDesc, letters: str) -> tuple[int, int, int]:
+    """(E, N, K) of codes, which may share bytes; check their dtype."""
+    _check.ndim(name, codes, letters, 3)
+    scheme = weight_scheme(name, desc.dtype, codes)
+    rule = SCHEMES[scheme]
+    _check.dtype(name, codes, tuple(dict.fromkeys((rule.codes.name, "uint8"))))
+    experts, n, k = codes.shape
+    return experts, n, k * 2 if rule.is_packed else k
+
+
+def weight_scheme(name: str, dtype: DType, codes: Array) -> str:
+    """Scheme that a weight's number format stands for; bytes of int8 are unsigned in the files of some schemes."""
+    if dtype is None:
+        raise ValueError(f"quant_config must say how {name} is quantised; it quantises other operands only")
+    scheme = _known(_SCHEME_OF, name, dtype)
+    return "uint8" if scheme == "int8" and codes.dtype.name == "uint8" else scheme
+
+
+def rows_of(which: int, desc: FusedMoEQuantDesc, arrays: dict[str, Array], num_experts: int) -> Rows | None:
+    """How the rows before product `which` are quantised."""
+    scale, gscale = arrays[f"a{which}_scale"], arrays[f"a{which}_gscale"]
+    if desc.dtype is None:
+        for name, array in ((f"a{which}_scale", scale), (f"a{which}_gscale", gscale)):
+            if array is not None:
+                raise ValueError(f"{name} must be None for activations that are not quantised")
+        return None
+    scheme, cols, per_tensor = _kind_of_rows(which, desc)
+    if scale is not None:
+        name = f"a{which}_scale"
+        if not per_tensor:
+            raise ValueError(
+                f"{name} must be None: only one scale a tensor can be static, this one is found for each row"
+            )
+        _check.dtype(name, scale, DTYPES)
+        if scale.size != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(scale.shape)}; take the largest")
+        scale = _arrays.bits(scale.reshape(1).astype(np.float32, copy=False))
+    name = f"a{which}_gscale"
+    if scheme == "nvfp4":
+        _check.given(name, gscale)
+        _check.dtype(name, gscale, ("float32",))
+        if gscale.size != 1:
+            _check.shape(name, gscale, "(1,) or (E,)", (num_experts,))
+        gscale = _arrays.bits(gscale.reshape(-1))
+    elif gscale is not None:
+        raise ValueError(f"{name} must be None for {scheme!r}")
+    return Rows(scheme, cols, per_tensor, scale, gscale)
+
+
+def planned_rows(which: int, desc: FusedMoEQuantDesc) -> Rows | None:
+    """`rows_of` for a plan: the arrays, if there are any, are not looked at."""
+    if desc.dtype is None:
+        return None
+    gscale = desc.alpha_or_gscale
+    return Rows(*_kind_of_rows(which, desc), desc.scale, None if gscale is None else gscale.reshape(-1))
+
+
+def _kind_of_rows(which: int, desc: FusedMoEQuantDesc) -> tuple[str, int, bool]:
+    """Scheme, columns of a group, and whether one scale serves all rows."""
+    scheme = _known(_OF_ROWS, f"activations of product {which}", desc.dtype)
+    per_tensor = desc.shape in (None, GroupShape.PER_TENSOR) and scheme not in _FIXED_GROUP
+    whole = per_tensor or (desc.shape is not None and desc.shape.is_per_token())
+    return scheme, _FIXED_GROUP.get(scheme, -1 if whole or desc.shape is None else desc.shape.col), per_tensor
+
+
+def bits_of_weight(desc: FusedMoEQuantDesc) -> float:
+    """Bits that an element of a weight takes, with its share of the scales; those of one scale a row or more not."""
+    scheme = _known(_SCHEME_OF, "a weight", desc.dtype)
+    cols = _FIXED_GROUP.get(scheme, desc.shape.col if desc.shape is not None and desc.shape.col > 0 else 0)
+    rows = desc.shape.row if desc.shape is not None and desc.shape.row > 1 else 1
+    shared = (8 if scheme in _FIXED_GROUP else 16 if scheme == "int4" else 32) / (cols * rows) if cols else 0
+    return (4 if SCHEMES[scheme].is_packed else 8) + shared
+
+
+def weight_of(
+    xp: ModuleType,
+    which: int,
+    codes: Array,
+    desc: FusedMoEQuantDesc,
+    arrays: dict[str, Array],
+    shape: tuple[int, int, int],
+    has_halves: bool,
+) -> Weight:
+    """Format and factor of weight `which`, whose gate and up rows may be two halves."""
+    scheme = weight_scheme(f"w{which}", desc.dtype, codes)
+    scale, zeros, alphas = (arrays[name] for name in (f"w{which}_scale", f"w{which}_zp", f"g{which}_alphas"))
+    name = f"w{which}_scale"
+    _check.given(name, scale)
+    ones = xp.ones(shape[0], np.float32)
+    if scheme in _FIXED_GROUP:
+        if zeros is not None:
+            raise ValueError(f"w{which}_zp must be None for {scheme!r}")
+        cols = _FIXED_GROUP[scheme]
+        _check.dtype(name, scale, tuple(dict.fromkeys((*SCHEMES[scheme].scales, "uint8"))))
+        _check.shape(name, scale, f"(E, N, ceil(K / {cols}))", (*shape[:2], -(-shape[2] // cols)))
+        if scheme == "nvfp4":
+            _check.given(f"g{which}_alphas", alphas)
+        stored = WeightFormat(scheme, _arrays.bits(scale), "uint8", None, ones, 1, cols)
+        return Weight(stored, _with_alphas(xp, which, xp.empty((0, 0), np.float32), alphas, shape))
+    scale = _floats(xp, name, scale, scheme)
+    factor, scale, rows, cols = _placed(xp, name, scale, desc.shape, shape, has_halves)
+    zero_points = None
+    if zeros is not None:
+        zero_points = _zero_points(xp, which, scheme, zeros, shape, cols)
+        if scale is None:  # numbers are codes above their zero points
+            scale, rows, cols = xp.ones(zero_points.shape, np.float32), 1, -(-shape[2] // zero_points.shape[2])
+        elif rows != 1:
+            raise ValueError(f"w{which}_zp must be None for scales of {rows} rows")
+    if scale is None:
+        scale, rows, cols = xp.ones((shape[0], 1, 1), np.float32), shape[1], shape[2]
+    stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, rows, cols)
+    return Weight(stored, _with_alphas(xp, which, factor, alphas, shape))
+
+
+def _known(names: dict[str, str], what: str, dtype: DType) -> str:
+    found = names.get(dtype_name(dtype) or "")
+    if found is None:
+        raise NotImplementedError(f"no kernel for {what} in {dtype_name(dtype)!r}; available: {', '.join(names)}")
+    return found
+
+
+def _floats(xp: ModuleType, name: str, scale: Array, scheme: str) -> Array:
+    """Scales as float32, which holds all of their formats."""
+    allowed = {"fp8": ("float32", _E8M0, "uint8"), "int4": (*DTYPES, _E4M3)}.get(scheme, DTYPES)
+    _check.dtype(name, scale, allowed)
+    if scale.dtype.name in (_E8M0, "uint8"):
+        exponent = _arrays.bits(scale).astype(np.int32)
+        return xp.where(exponent == 255, np.float32(np.nan), xp.ldexp(xp.float32(1), exponent - 127))
+    if scale.dtype.name == _E4M3:
+        codes = _arrays.bits(scale).reshape(1, 1, -1)
+        out, one = xp.empty(codes.shape, np.float32), xp.ones((1, 1, 1), np.float32)
+        decode = _arrays.room(xp, "formats").decode
+        decode(codes, one, "float32", None, one.reshape(1), 1, codes.size, "fp8", "float32", out)
+        return out.reshape(scale.shape)
+    return _arrays.bits(scale.astype(np.float32, copy=False))
+
+
+def _placed(
+    xp: ModuleType, name: str, scale: Array, group: GroupShape | None, shape: tuple[int, int, int], has_halves: bool
+) -> tuple[Array, Array, int, int]:
+    """Where scales apply: the factor of the sums, or empty; scales of groups, or None; rows and columns of a group."""
+    experts, n, k = shape
+    got, none = tuple(scale.shape), xp.empty((0, 0), np.float32)
+    if group is not None and group.row > 1 and group.col >= 1:
+        rows, cols = group
+        across = -(-k // cols)
+        expected = (experts, -(-n // rows), across)
+        halves = (experts, 2 * -(-n // 2 // rows), across)
+        if got == halves != expected and has_halves:  # the blocks of the up rows begin anew
+            scale = xp.concatenate([_repeated(xp, half, rows, n // 2) for half in xp.split(scale, 2, axis=1)], axis=1)
+            rows = 1
+        elif got != expected:
+            _check.shape(name, scale, f"(E, ceil(N / {rows}), ceil(K / {cols}))", expected)
+        if across == 1:
+            return _repeated(xp, scale, rows, n)[:, :, 0], None, 0, 0
+        return none, scale, rows, cols
+    if got in ((experts,), (experts, 1), (experts, 1, 1)) and got != (experts, n):
+        return scale.reshape(experts, 1), None, 0, 0
+    if got in ((experts, n), (experts, n, 1)):
+        return scale.reshape(experts, n), None, 0, 0
+    if got == (experts, 2) and has_halves:
+        return xp.repeat(scale, n // 2, axis=1), None, 0, 0
+    if group is not None and group.col >= 1:
+        _check.shape(name, scale, f"(E, N, ceil(K / {group.col}))", (experts, n, -(-k // group.col)))
+        return none, scale, 1, group.col
+    if len(got) == 3 and got[:2] == (experts, n) and got[2] >= 1 and k % got[2] == 0:
+        return none, scale, 1, k // got[2]
+    raise ValueError(
+        f"{name} must be (E,), (E, N), (E, N, 1) or (E, N, K / group) with E={experts}, N={n}, K={k}, got {got}"
+    )
+
+
+def _repeated(xp: ModuleType, scale: Array, rows: int, n: int) -> Array:
+    """The scale of each of `n` rows."""
+    return scale if rows == 1 else xp.repeat(scale, rows, axis=1)[:, :n]
+
+
+def _zero_points(
+    xp: ModuleType, which: int, scheme: str, zeros: Array, shape: tuple[int, int, int], cols: int
+) -> Array:
+    """Zero points one a byte, (E, N, Kb)."""
+    name, (experts, n, k) = f"w{which}_zp", shape
+    if scheme not in ("int4", "uint8"):
+        raise ValueError(f"{name} must be None for {scheme!r} codes; zero points go with unsigned ones")
+    _check.dtype(name, zeros, ("uint8",))
+    across = -(-k // cols) if cols else 1
+    if scheme == "uint8":
+        _check.shape(name, zeros, "(E, N, K / group)", (experts, n, across))
+        return _arrays.bits(zeros)
+    _check.shape(name, zeros, "(E, N / 2, K / group)", (experts, n // 2, across))
+    return _packing.unpacked(xp, zeros, -2).reshape(experts, n, across)
+
+
+def _with_alphas(xp: ModuleType, which: int, factor: Array, alphas: Array, shape: tuple[int, int, int]) -> Array:
+    """The factor times the alphas of the product, one an expert or one a row of the weight."""
+    if alphas is None:
+        return _arrays.bits(factor)
+    name, (experts, n, _) = f"g{which}_alphas", shape
+    _check.dtype(name, alphas, ("float32",))
+    if tuple(alphas.shape) not in ((experts,), (experts, 1), (experts, n), (experts, n, 1)):
+        raise ValueError(f"{name} must be (E,) or (E, N) with E={experts}, N={n}, got shape {tuple(alphas.shape)}")
+    alphas = alphas.reshape(experts, -1)
+    return _arrays.bits(factor * alphas if factor.size else alphas)

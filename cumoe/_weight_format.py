@@ -1,0 +1,20 @@
+"""How the codes of a quantised weight become numbers, as the rooms see it."""
+
+from typing import Any, NamedTuple
+
+
+class WeightFormat(NamedTuple):
+    """
+    What stands beside the codes (E, N, K), or (E, N, K/2) where two of four bits share a byte.
+
+    A code becomes ``code * scale`` or ``(code - zero point) * scale`` in float32, rounded to the dtype of the
+    activations: the operand that is multiplied. Factors that do not change along K are not here: they meet the sums.
+    """
+
+    rule: str  # of the rooms' `formats`: "fp8", "int8", "uint8", "int4", "mxfp4", "mxfp8", "nvfp4"
+    scale: Any  # (E, Nb, Kb) bits
+    scale_dtype: str  # what they mean; "uint8" where the rule reads codes
+    zero_points: Any  # (E, Nb, Kb) uint8, or None: the middle of the range
+    global_scale: Any  # (E,) float32 that block scales are divided by: ones
+    group_rows: int
+    group_cols: int
