@@ -10,9 +10,11 @@ from typing import Any
 from cumoe import _act, _arrays, _check
 from cumoe._arrays import Array
 from cumoe._backends import select_backend
+from cumoe._layer_weights import weight_of
 from cumoe._modular import FusedMoEActivationFormat, run_modular
 from cumoe._modular_experts import BatchedExperts, StandardExperts
 from cumoe._moe import fused_experts
+from cumoe._prepare import prepare
 from cumoe._prepare_finalize import BatchedPrepareAndFinalize, MoEPrepareAndFinalizeNoEP
 from cumoe._quant_config import FusedMoEQuantConfig
 from cumoe._select_experts import select_experts
@@ -291,6 +293,33 @@ class FusedMoEMethodBase:
             **{"indices_dtype": self.topk_indices_dtype or "int32", **(routing or {})},
         )
         return self.apply(layer, x, topk_weights, topk_ids, **experts)
+
+    def _make_ready(self, layer: Any, w13: Array, w2: Array) -> None:
+        """Pack the weights of a layer, in the memory of last time, and make the steps of a modular one."""
+        if self.moe.num_local_experts:
+            layer.prepared_experts = prepare(
+                w13,
+                w2,
+                quant_config=self.moe_quant_config,
+                activation=self.moe.activation,
+                out=getattr(layer, "prepared_experts", None),
+            )
+        self.prepare_finalize = self.maybe_make_prepare_finalize(getattr(layer, "expert_routing_tables", None))
+        self.experts = None if self.prepare_finalize is None else self.select_gemm_impl(self.prepare_finalize, layer)
+
+    def _epilogue(self, layer: Any) -> dict[str, Any]:
+        """Biases of a layer and parameters of its activation, as the builders of a quantisation config take them."""
+        moe = self.moe
+        situ = moe.activation == "situ"
+        parameters = {
+            "gemm1_alpha": moe.swiglu_alpha,
+            "gemm1_beta": moe.activation_situ_beta if situ else moe.swiglu_beta,
+            "gemm1_clamp_limit": moe.activation_situ_linear_beta if situ else moe.swiglu_limit,
+        }
+        given = {name: value for name, value in parameters.items() if value is not None}
+        if not moe.has_bias:
+            return given
+        return {"w1_bias": weight_of(layer, "w13_bias"), "w2_bias": weight_of(layer, "w2_bias"), **given}
 
     def _need_map(self, expert_map: Array | None) -> None:
         moe = self.moe

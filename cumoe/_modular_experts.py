@@ -5,6 +5,7 @@ import numpy as np
 from cumoe import _arrays, _check
 from cumoe._act import is_gated
 from cumoe._arrays import Array
+from cumoe._layer_scheme import planned_rows
 from cumoe._modular import ExpertTokensMetadata, FusedMoEActivationFormat
 from cumoe._moe import fused_experts
 from cumoe._prepare import PreparedExperts
@@ -202,6 +203,10 @@ class BatchedExperts:
         used = xp.arange(rows)[None, :] < counts[:, None]
         ids = xp.where(used, xp.arange(num_experts)[:, None], -1).astype(np.int32).reshape(-1, 1)
         weights = xp.ones(ids.shape, np.float32)
+        quantised = None if self.quant_config is None else planned_rows(1, self.quant_config._a1)
+        if quantised is not None and quantised.is_batch_wide:
+            bits = _arrays.bits(x)  # one scale serves all rows that are used
+            x = xp.where(used[:, :, None], bits, bits.dtype.type(0)).view(x.dtype)
         fused_experts(
             side.leave(x.reshape(-1, hidden_size)),
             w1,
@@ -219,4 +224,7 @@ class BatchedExperts:
 def _refuse_scales(a1q_scale: Array | None, a2_scale: Array | None) -> None:
     for name, scale in (("a1q_scale", a1q_scale), ("a2_scale", a2_scale)):
         if scale is not None:
-            raise NotImplementedError(f"no kernel for quantised activations ({name} is given); available: unquantised")
+            raise NotImplementedError(
+                f"no kernel for activations that come quantised ({name} is given); available: None, "
+                "the experts quantise them as quant_config says"
+            )

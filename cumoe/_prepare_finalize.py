@@ -51,8 +51,11 @@ class MoEPrepareAndFinalizeNoEP:
         apply_router_weight_on_input: bool,
         quant_config: FusedMoEQuantConfig,
     ) -> Prepared:
-        """Give the tokens as they are, weighted if `apply_router_weight_on_input`, which needs k = 1."""
-        _refuse_quantised(quant_config)
+        """
+        Give the tokens as they are, weighted if `apply_router_weight_on_input`, which needs k = 1.
+
+        The experts quantise them, if `quant_config` says so.
+        """
         return _weighted(a1, topk_weights) if apply_router_weight_on_input else a1, None, None, None, None
 
     @_arrays.on_callers_stream
@@ -148,9 +151,9 @@ class BatchedPrepareAndFinalize:
         """
         Copy the tokens to the slots of their experts.
 
-        The ids that come back are those of this rank's experts, -1 for the others; `finalize` takes them.
+        The ids that come back are those of this rank's experts, -1 for the others; `finalize` takes them. The
+        experts quantise the tokens, if `quant_config` says so.
         """
-        _refuse_quantised(quant_config)
         if apply_router_weight_on_input:
             a1 = _weighted(a1, topk_weights)
         slots = self._max_num_tokens * self._num_dispatchers
@@ -209,8 +212,3 @@ def _weighted(a1: Array, topk_weights: Array) -> Array:
         )
     scaled: Any = x.astype(np.float32) * weights.astype(np.float32)
     return side.leave(scaled.astype(x.dtype))
-
-
-def _refuse_quantised(quant_config: FusedMoEQuantConfig | None) -> None:
-    if quant_config is not None and quant_config.is_quantized:
-        raise NotImplementedError(f"no kernel quantises activations to {quant_config.quant_dtype!r}; available: None")

@@ -9,13 +9,13 @@ from typing import Any
 
 from cumoe._arrays import on_callers_stream
 from cumoe._backends import select_backend
-from cumoe._layer_weights import empty_weights, zero_padding
+from cumoe._layer_weights import check_sizes, set_weights, unquantised_weights, zero_padding
 from cumoe._method_base import FusedMoEMethodBase
 from cumoe._modular import ExpertTokensMetadata, FusedMoEActivationFormat
 from cumoe._modular_experts import BatchedExperts, StandardExperts
 from cumoe._parameter import Parameter
-from cumoe._prepare import prepare
 from cumoe._prepare_finalize import BatchedPrepareAndFinalize, MoEPrepareAndFinalizeNoEP
+from cumoe._quantised_method import QuantizedFusedMoEMethod
 from cumoe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig, biased_moe_quant_config
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "MoEPrepareAndFinalizeNoEP",
     "Parameter",
+    "QuantizedFusedMoEMethod",
     "StandardExperts",
     "UnquantizedFusedMoEMethod",
     "select_backend",
@@ -115,11 +116,9 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         TypeError
             Another dtype.
         """
-        weights = empty_weights(
-            self.moe, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, extra_weight_attrs
-        )
-        for name, weight in weights.items():
-            setattr(layer, name, weight)
+        sizes = num_experts, hidden_size, intermediate_size_per_partition
+        dtype = check_sizes(self.moe, *sizes, params_dtype)
+        set_weights(layer, self.moe, unquantised_weights(self.moe, *sizes, dtype), dtype, extra_weight_attrs)
 
     @on_callers_stream
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -137,16 +136,7 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         """
         zero_padding(self.moe, layer)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        if self.moe.num_local_experts:
-            layer.prepared_experts = prepare(
-                layer.w13_weight,
-                layer.w2_weight,
-                quant_config=self.moe_quant_config,
-                activation=self.moe.activation,
-                out=getattr(layer, "prepared_experts", None),
-            )
-        self.prepare_finalize = self.maybe_make_prepare_finalize(getattr(layer, "expert_routing_tables", None))
-        self.experts = None if self.prepare_finalize is None else self.select_gemm_impl(self.prepare_finalize, layer)
+        self._make_ready(layer, layer.w13_weight, layer.w2_weight)
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """
@@ -162,14 +152,9 @@ class UnquantizedFusedMoEMethod(FusedMoEMethodBase):
         config : FusedMoEQuantConfig
             `FUSED_MOE_UNQUANTIZED_CONFIG` itself if there is nothing to give.
         """
-        moe = self.moe
-        situ = moe.activation == "situ"
-        parameters = {
-            "gemm1_alpha": moe.swiglu_alpha,
-            "gemm1_beta": moe.activation_situ_beta if situ else moe.swiglu_beta,
-            "gemm1_clamp_limit": moe.activation_situ_linear_beta if situ else moe.swiglu_limit,
-        }
-        given = {name: value for name, value in parameters.items() if value is not None}
-        if moe.has_bias:
-            return biased_moe_quant_config(layer.w13_bias, layer.w2_bias, **given)
-        return biased_moe_quant_config(None, None, **given) if given else FUSED_MOE_UNQUANTIZED_CONFIG
+        given = self._epilogue(layer)
+        return (
+            biased_moe_quant_config(**{"w1_bias": None, "w2_bias": None, **given})
+            if given
+            else FUSED_MOE_UNQUANTIZED_CONFIG
+        )

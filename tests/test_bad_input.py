@@ -170,14 +170,6 @@ def test_shapes(change, message):
         {"apply_router_weight_on_input": "yes"},
         "ValueError: apply_router_weight_on_input must be False, True, hidden_states or accumulator, got 'yes'",
     ),
-    (
-        {
-            "quant_config": cumoe.int8_w8a16_moe_quant_config(
-                w1_scale=np.ones((E, 1), "float32"), w2_scale=np.ones((E, 1), "float32"), w1_zp=None, w2_zp=None
-            )
-        },
-        "NotImplementedError: no kernel for quant_config with dtype 'int8'; available: unquantised, biased",
-    ),
 )
 def test_kinds(change, message):
     arguments = LAYER | {"out": np.full((T, H), 7, "float32")} | change

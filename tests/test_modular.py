@@ -259,7 +259,10 @@ def test_batched_steps_say_what_they_need():
     with raises(ValueError, "max_num_tokens must be >= 1, got 0"):
         BatchedExperts(0, 1, config)
     for name in ("a1q_scale", "a2_scale"):
-        message = f"no kernel for quantised activations ({name} is given); available: unquantised"
+        message = (
+            f"no kernel for activations that come quantised ({name} is given); available: None, "
+            "the experts quantise them as quant_config says"
+        )
         for one in (experts, StandardExperts(config)):
             with raises(NotImplementedError, message):
                 one.apply(out, x, packed, None, None, None, **{name: np.ones(1, np.float32)})
@@ -267,10 +270,6 @@ def test_batched_steps_say_what_they_need():
 
 def test_outer_steps_say_what_they_cannot_do():
     problem = make_problem(6, 2, 4, 16, 8)
-    quantised = cumoe.FusedMoEQuantConfig.make("int8")
-    for outer in (MoEPrepareAndFinalizeNoEP(), BatchedPrepareAndFinalize(6, 4)):
-        with raises(NotImplementedError, "no kernel quantises activations to 'int8'; available: None"):
-            outer.prepare(*routed(problem), 4, None, False, quantised)
     with raises(ValueError, "a1 must have at most max_num_tokens * num_dispatchers = 4 tokens, got 6"):
         BatchedPrepareAndFinalize(2, 4, 2).prepare(*routed(problem), 4, None, False, FUSED_MOE_UNQUANTIZED_CONFIG)
     outer = BatchedPrepareAndFinalize(6, 4)
@@ -291,6 +290,16 @@ def test_prepare_gives_the_protocol():
     np.testing.assert_array_equal(meta.expert_num_tokens, [(ids == 1).sum(), (ids == 2).sum()])
     for expert in range(2):
         np.testing.assert_array_equal(a1[expert, : (new_ids == expert).sum()], x[(new_ids == expert).any(axis=1)])
+
+
+def test_tokens_stay_as_they_are_for_experts_that_quantise():
+    problem = make_problem(6, 2, 4, 16, 8)
+    quantised = cumoe.FusedMoEQuantConfig.make("int8")
+    for outer in (MoEPrepareAndFinalizeNoEP(), BatchedPrepareAndFinalize(6, 4)):
+        plain = outer.prepare(*routed(problem), 4, None, False, FUSED_MOE_UNQUANTIZED_CONFIG)[0]
+        a1, scale, *_ = outer.prepare(*routed(problem), 4, None, False, quantised)
+        assert scale is None and a1.dtype == problem.hidden_states.dtype
+        np.testing.assert_array_equal(a1, plain)
 
 
 def test_contiguous_rows_are_weighted_and_added_by_finalize():
