@@ -38,7 +38,7 @@ LOAD, STORE = bits.CODECS["float32"]
 SCALE = LOAD
 RULE = SCALES["fp8"]
 PREPARE, CODE, ZERO = ENCODERS["fp8"].prepare, ENCODERS["fp8"].code, _eight
-ROW = None
+ROW, WORTH, WORTH_OF_CODE, GIVEN = None, PREPARE, DECODERS["fp8"].code, False
 
 
 def _row_extremes(first, last, arguments):
@@ -92,8 +92,8 @@ def _scales(first, last, arguments):
 
 
 def scales(low, high, limits, rule, dtype, out):
-    """Scale of each group by the rule `rule` of `SCALES`; `dtype` is that of `out`, uint8 for codes."""
-    arguments = low, high, limits, out
+    """Scale of each group by a rule of `SCALES`; `limits` or None; `dtype` is that of `out`, uint8 for codes."""
+    arguments = low, high, np.full(len(out), np.inf, np.float32) if limits is None else limits, out
     num_rows = out.shape[0] * out.shape[1]
     rows.run(_scales, num_rows, out.size, arguments, RULE=SCALES[rule], STORE=_SCALE_CODECS[dtype][1])
 
@@ -210,6 +210,65 @@ def decode(codes, scale, scale_dtype, zero_points, global_scale, group_rows, gro
     arguments = codes, scale, or_none(zero_points), global_scale, group_rows, group_cols, out
     row = decode_row(rule, scale_dtype, zero_points is not None, dtype)
     rows.run(_decode, out.shape[0] * out.shape[1], out.size, arguments, ROW=row)
+
+
+def _quantise_rows(first, last, arguments):
+    x, group_cols, across, scale, limits, numbers, factor = arguments
+    worth = np.empty(group_cols, np.float32)  # of codes: `numbers` may be `x`, and then one loop is no vector code
+    for r in range(first, last):
+        limit = limits[r if limits.size > 1 else 0]
+        for g in range(across):
+            start, size = g * group_cols, min(group_cols, x.shape[1] - g * group_cols)
+            if GIVEN:
+                s = scale[0]
+            else:
+                largest = np.uint32(0)  # as integers they grow with their size
+                for k in range(size):
+                    found = np.uint32(np.float32(LOAD(x[r, start + k])).view(np.uint32) & np.uint32(0x7FFFFFFF))
+                    found = np.uint32(0) if found > np.uint32(0x7F800000) else found  # NaN
+                    largest = found if found > largest else largest
+                s = RULE(np.float32(0), np.uint32(largest).view(np.float32), limit)
+            p, q = PREPARE(s, limit), WORTH(s, np.float32(1))
+            if factor.size > 0:
+                factor[r], q = q, np.float32(1)
+            for k in range(size):
+                worth[k] = WORTH_OF_CODE(CODE(LOAD(x[r, start + k]), p, 0), q, 0)
+            for k in range(size):
+                numbers[r, start + k] = STORE(worth[k])
+
+
+def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, global_scale, numbers, factor):
+    """
+    Fill ``numbers`` with what the codes of rows `x` (R, K) are worth, times their scales; it may be `x`.
+
+    Groups are `group_cols` of a row. With a `factor` (R,) that is all of them: the scale goes there instead. Rules are
+    names of `SCALES`, `ENCODERS` and (`scheme`) `DECODERS`. `scale` (1,) is given for all rows, or None; `global_scale`
+    is (1,) or (R,) or None: it is in the scales of which the codes are stored, and not in numbers.
+    """
+    num_rows, size = x.shape
+    cols = max(1, min(size, group_cols))
+    rows.run(
+        _quantise_rows,
+        num_rows,
+        x.size,
+        (
+            x,
+            cols,
+            1 if factor.size else -(-size // cols),
+            np.empty(0, np.float32) if scale is None else scale,
+            np.full(1, np.inf, np.float32) if global_scale is None else global_scale,
+            numbers,
+            factor,
+        ),
+        LOAD=bits.CODECS[dtype][0],
+        STORE=bits.CODECS[dtype][1],
+        GIVEN=scale is not None,
+        RULE=SCALES[scale_rule],
+        PREPARE=ENCODERS[code_rule].prepare,
+        CODE=ENCODERS[code_rule].code,
+        WORTH=DECODERS[scheme].prepare,
+        WORTH_OF_CODE=DECODERS[scheme].code,
+    )
 
 
 def _zero_of(rule, has_zero_points):

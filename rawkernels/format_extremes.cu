@@ -23,23 +23,7 @@
 #include "overlap.cuh"
 #include "vectors.cuh"
 #include "format_pieces.cuh"
-
-constexpr uint32 WARP = 0xFFFFFFFF;
-
-// The largest in a team, in each of its threads, or in the first one if that is a block.
-__device__ __forceinline__ uint32 largest_of_team(uint32 value)
-{
-    if constexpr (TEAM >= 32) {
-        value = __reduce_max_sync(WARP, value);
-    } else {
-#pragma unroll
-        for (int offset = TEAM / 2; offset > 0; offset /= 2) {
-            const uint32 other = __shfl_xor_sync(WARP, value, offset);
-            value = value > other ? value : other;
-        }
-    }
-    return value;
-}
+#include "teams.cuh"
 
 extern "C" __global__ __launch_bounds__(BLOCK)
 void extremes(const X* x, uint32* low, uint32* high, int64 num_groups, int64 num_rows, int64 row_pieces, int64 rows,
@@ -72,18 +56,7 @@ void extremes(const X* x, uint32* low, uint32* high, int64 num_groups, int64 num
     }
     // adding zero drops its sign; then both, as integers, grow with their size
     uint32 ends[2] = {__float_as_uint(__fadd_rn(smallest, 0.0f)), __float_as_uint(__fadd_rn(largest, 0.0f))};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) ends[i] = largest_of_team(ends[i]);
-    if constexpr (TEAM > 32) {
-        __shared__ uint32 found[2][BLOCK / 32];
-        if (threadIdx.x % 32 == 0) {
-            found[0][threadIdx.x / 32] = ends[0];
-            found[1][threadIdx.x / 32] = ends[1];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ends[i] = largest_of_team(found[i][threadIdx.x % (BLOCK / 32)]);
-    }
+    largest_of_team(ends);
     if (threadIdx.x % TEAM == 0 && group < num_groups) {
         if (gridDim.y == 1) {
             low[group] = ends[0];

@@ -51,6 +51,19 @@ __device__ __forceinline__ void load_piece(const T* from, T (&to)[COUNT])
     }
 }
 
+template <typename Word>
+__device__ __forceinline__ void store_word(Word* to, Word word)
+{
+    *to = word;
+}
+template <>
+__device__ __forceinline__ void store_word(uint4* to, uint4 word) // an assignment may be cut into four
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+                 "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+}
+
 template <typename T, int COUNT>
 __device__ __forceinline__ void store_piece(T* to, const T (&from)[COUNT])
 {
@@ -60,7 +73,7 @@ __device__ __forceinline__ void store_piece(T* to, const T (&from)[COUNT])
         Neighbours<T, NEAR> part;
 #pragma unroll
         for (int j = 0; j < NEAR; ++j) part.elements[j] = from[i + j];
-        *(decltype(part.word)*)(to + i) = part.word;
+        store_word((decltype(part.word)*)(to + i), part.word);
     }
 }
 

@@ -14,6 +14,11 @@ constexpr float ROUND = 12582912.0f; // 1.5 * 2**23: adding it leaves the neares
 
 // ---- scale of a group from its extremes; `limit` is a number that the rule may need ----
 
+__device__ __forceinline__ float limit_of(const float* limits, int64 i) // null: there is none
+{
+    return limits == nullptr ? __uint_as_float(0x7F800000) : limits[i];
+}
+
 __device__ __forceinline__ float at_least(float x, float smallest) { return x > smallest ? x : smallest; }
 
 namespace scale_rules

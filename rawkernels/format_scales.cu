@@ -2,7 +2,7 @@
 //
 //   scale[l, b, g] = RULE(low[l, b, g], high[l, b, g], limits[l]),  out[l, b, g] = the nearest of 0..most to -low / scale
 //
-// Shapes     low, high (L, G) float and out (L, G), scales S, zero points bytes, G = Nb Kb; limits (L,) float
+// Shapes     low, high (L, G) float and out (L, G), scales S, zero points bytes, G = Nb Kb; limits (L,) float or null
 // Work       one thread a group
 // Numbers    float32, every operation rounded (format_rules.cuh), a scale that is no code once more to S
 // Constants  S dtype of the scales, uint8 for codes; RULE of scale_rules
@@ -37,7 +37,7 @@ void scales(const float* low, const float* high, const float* limits, S* out, in
     let_next_start();
     const int64 group = (int64)blockIdx.x * BLOCK + threadIdx.x;
     if (group >= num_groups) return;
-    out[group] = as_stored<S>(scale_rules::RULE(low[group], high[group], limits[group / groups_a_matrix]));
+    out[group] = as_stored<S>(scale_rules::RULE(low[group], high[group], limit_of(limits, group / groups_a_matrix)));
 }
 
 extern "C" __global__ __launch_bounds__(BLOCK)

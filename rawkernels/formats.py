@@ -1,4 +1,4 @@
-"""Launches format_*.cu: extremes of groups, their scales and zero points, codes of numbers, and back."""
+"""Launches format_*.cu: extremes of groups, their scales and zero points, codes of numbers, and back; rows at once."""
 
 import math
 from typing import NamedTuple
@@ -13,10 +13,22 @@ _WIDEST_BYTES = 16  # of one load or store
 _MOST_WIDTH = 16  # elements that a thread encodes or decodes
 _BLOCKS_A_MULTIPROCESSOR = 8  # 2048 threads, as many as there is room for
 _RESIDENT = 4  # blocks of decode_experts on a multiprocessor
+_KEPT = 4  # pieces of a row that a thread holds in registers, as in format_rows.cu
 _PIECES_A_THREAD = 4  # at least, where several blocks share a group
 _MOST_PARTS = 32_768  # blocks along that axis of the grid, a power of two
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BY_MATRIX = ("nvfp4",)  # rules that read a number of the matrix
+_ROWS = (  # scheme, rules of scales and of codes, whether the scale is given; elements of a group
+    *(("fp8", "fp8", "fp8", False, size) for size in (512, 4096)),
+    *(("int8", "int8", "int8_away", False, size) for size in (512, 4096)),
+    *(("fp8", "fp8", rule, True, size) for rule in ("fp8", "fp8_static") for size in (512, 4096)),
+    *(("int8", "int8", "int8_even", True, size) for size in (512, 4096)),
+    ("fp8", "fp8_group", "fp8", False, 128),
+    ("int8", "int8", "int8_truncate", False, 128),
+    ("mxfp4", "mxfp4", "mxfp4", False, 32),
+    ("mxfp8", "mxfp8", "mxfp8", False, 32),
+    ("nvfp4", "nvfp4", "nvfp4", False, 16),
+)
 
 
 class _Groups(NamedTuple):
@@ -69,6 +81,36 @@ def scales(low, high, limits, rule, dtype, out):
     kernel = _load.kernel("format_scales.cu", "scales", **_of_scales(dtype, rule))
     arrays = low, high, limits, out
     kernel(-(-out.size // _BLOCK), _BLOCK, *arrays, out.size, out.size // out.shape[0], overlap=True)
+
+
+def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, global_scale, numbers, factor):
+    """As the twin in cumoe.cpu.formats, on the current stream."""
+    num_rows, size = x.shape
+    if num_rows == 0 or x.size + factor.size == 0:
+        return
+    cols, across = (size, 1) if factor.size else (min(group_cols, size), -(-size // group_cols))
+    is_by_row = global_scale is not None and len(global_scale) > 1
+    if size == across * cols and not is_by_row:  # then the groups do not know of the rows
+        num_rows, size, across = num_rows * across, cols, 1
+    width = math.gcd(_WIDEST_BYTES // _ITEMSIZE[dtype], size, cols)
+    pieces = cols // width
+    team = _row_team(pieces)
+    rules = scheme, scale_rule, code_rule, scale is not None
+    _load.kernel("format_rows.cu", "quantise_rows", **_of_rows(dtype, *rules, width, team, _aligned(x, numbers)))(
+        -(-num_rows * across // (_BLOCK // team)),
+        _BLOCK,
+        x,
+        scale,
+        global_scale,
+        numbers,
+        factor if factor.size else None,
+        num_rows * across,
+        across,
+        size // width,
+        pieces,
+        int(is_by_row),
+        overlap=True,
+    )
 
 
 def zero_points(low, scale, dtype, most, out):
@@ -160,11 +202,15 @@ def variants(arch):
         ):
             yield "format_encode.cu", "encode", _of_codes(dtype, scale, rule, _MOST_WIDTH)
             yield from _decoders(_of_codes(dtype, scale, rule, _MOST_WIDTH))
+        for *rules, elements in _ROWS:
+            width = _WIDEST_BYTES // itemsize
+            yield "format_rows.cu", "quantise_rows", _of_rows(dtype, *rules, width, _row_team(-(-elements // width)))
     for rule in ("fp8", "fp8_ue8m0", "fp8_group", "fp8_group_ue8m0", "int8", "nvfp4_global"):
         yield "format_scales.cu", "scales", _of_scales("float32", rule)
     for rule in ("mxfp4", "mxfp8", "nvfp4"):
         yield "format_scales.cu", "scales", _of_scales("uint8", rule)
     yield "format_extremes.cu", "extremes", _of_extremes("bfloat16", 1, 1)
+    yield "format_rows.cu", "quantise_rows", _of_rows("bfloat16", "fp8", "fp8", "fp8", False, 1, _BLOCK, 2)
     for constants in (_of_codes("float16", "float32", "fp8", 1), _of_codes("float16", "uint8", "mxfp4", 2, 2)):
         yield "format_encode.cu", "encode", constants
         yield from _decoders(constants)
@@ -215,12 +261,24 @@ def _team(pieces, groups, multiprocessors):
     return _BLOCK, 1 << (parts.bit_length() - 1)
 
 
+def _row_team(pieces):
+    """Threads for each group of a row of so many pieces."""
+    if pieces > _WARP * _KEPT:
+        return _BLOCK
+    return min(_WARP, 1 << max(pieces - 1, 0).bit_length())
+
+
 def _of_extremes(dtype, width, team, aligned=_WIDEST_BYTES):
     return {"X": dtype, "WIDTH": width, "TEAM": team, "ALIGNED": aligned, "BLOCK": _BLOCK}
 
 
 def _of_scales(dtype, rule):
     return {"S": dtype, "RULE": rule, "BLOCK": _BLOCK}
+
+
+def _of_rows(dtype, scheme, scale_rule, code_rule, is_given, width, team, aligned=_WIDEST_BYTES):
+    rules = {"SCHEME": scheme, "SCALE": "fp8" if is_given else scale_rule, "CODE": code_rule, "GIVEN": int(is_given)}
+    return {"X": dtype, **rules, "WIDTH": width, "TEAM": team, "ALIGNED": aligned, "BLOCK": _BLOCK}
 
 
 def _of_codes(dtype, scale_dtype, rule, width, aligned=_WIDEST_BYTES):

@@ -149,6 +149,8 @@ def activations(d):
 
 def formats(d):
     """Every scheme and group, of every width of a load, and groups that several blocks share."""
+    from quantised_rows import on_every_kernel
+
     schemes = (
         *((scheme, group, {}) for scheme in ("fp8", "int8", "uint8") for group in ((-1, -1), (1, -1), (1, 8), (3, 5))),
         *(("fp8", group, {"use_ue8m0": True}) for group in ((1, -1), (1, 32))),
@@ -164,6 +166,7 @@ def formats(d):
     cumoe.quantize(d.floats(300, 1001), "fp8")
     cumoe.quantize(d.floats(38 * 4 + 1)[1:].reshape(4, 38), "nvfp4")
     cumoe.quantize(d.floats(0, 32), "fp8")
+    on_every_kernel(d.xp, d.rng)
 
 
 def unpermute(d):
@@ -196,13 +199,10 @@ def layers(d):
                     layer(d, kernel, dtype, height, 37, 19, biased=True)
                     layer(d, kernel, dtype, height, 264, 136, on_input=True)
                     layer(d, kernel, dtype, height, 40, 24, "relu2_no_mul", on_input=True)
-    layer(d, "mma", "bfloat16", 16, 40, 24, activation="swigluoai", biased=True)
-    layer(d, "mma", "bfloat16", 16, 40, 24, activation="relu2_no_mul")
-    layer(d, "mma", "bfloat16", 16, 40, 24, mapped=True)
-    if wgmma:
-        layer(d, "wgmma", "bfloat16", 16, 40, 24, activation="swigluoai", biased=True)
-        layer(d, "wgmma", "bfloat16", 16, 40, 24, activation="relu2_no_mul")
-        layer(d, "wgmma", "bfloat16", 16, 40, 24, mapped=True)
+    for kernel in ("mma", "wgmma") if wgmma else ("mma",):
+        layer(d, kernel, "bfloat16", 16, 40, 24, activation="swigluoai", biased=True)
+        layer(d, kernel, "bfloat16", 16, 40, 24, activation="relu2_no_mul")
+        layer(d, kernel, "bfloat16", 16, 40, 24, mapped=True)
     a, b = d.floats(23, 40, dtype="bfloat16"), d.floats(3, 24, 40, dtype="bfloat16")
     for dtype in ("int32", "int64"):
         cumoe.grouped_gemm(a, b, d.xp.asarray(np.array([0, 5, 5, 23], dtype)), bias=d.floats(3, 24))

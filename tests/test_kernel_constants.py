@@ -104,6 +104,11 @@ def test_blocks_that_decode():
     check("format_decode.cu", constants, RESIDENT=formats._RESIDENT)
 
 
+def test_rows_in_registers():
+    *_, constants = next(one for one in formats.variants(ARCH) if one[1] == "quantise_rows" and not one[2]["GIVEN"])
+    check("format_rows.cu", constants, **{"TEAM * KEPT": formats._WARP * formats._KEPT})
+
+
 def test_kernels_in_python():
     assert permute._SUMS_WORDS == constant_of("_sort_kernels.py", "SUMS_WORDS")
     for file in ("_sort_kernels.py", "_few_kernels.py", "_tile_kernels.py"):

@@ -46,6 +46,12 @@ def extremes(entry, c):
     return (*(("LDG.E.128",) if c["WIDTH"] > 1 else ()), *over_team, "REDG?.E.MAX|ATOMG?.E.MAX")
 
 
+def rows(entry, c):
+    """Wide loads and stores, and one instruction over a warp."""
+    over_team = () if c["GIVEN"] or c["TEAM"] == 1 else (WARP_MAX,) if c["TEAM"] >= 32 else (ADD_UP,)
+    return (*(WIDE if c["WIDTH"] > 1 else ()), *over_team)
+
+
 # file -> (entry point, constants) -> what must be among its instructions
 INSTRUCTIONS = {
     "_copy_kernels.py": lambda entry, c: WIDE if c["UNIT"] == "bytes16" else (),
@@ -59,6 +65,7 @@ INSTRUCTIONS = {
     "format_decode.cu": lambda entry, c: ("STG.E.128",) if c["WIDTH"] == 16 else (),
     "format_encode.cu": lambda entry, c: ("LDG.E.128",) if c["WIDTH"] == 16 else (),
     "format_extremes.cu": extremes,
+    "format_rows.cu": rows,
     "format_scales.cu": lambda entry, c: (),
     "grouped_gemm_fma.cu": lambda entry, c: ("FFMA", *COPIES[c["COPY_X"]]),
     "grouped_gemm_mma.cu": mma,

@@ -165,7 +165,8 @@ def test_batched_steps(xp, name):
         given, named = arguments(loaded(kind, problem), problem, xp)
         verified = cumoe.verify(out, *given, **named, sample=None)
         assert verified.ok, str(verified)
-        if dtype == "float32":  # nothing is rounded between the second product and the weight
+        # nothing is rounded between the second product and the weight; a GPU adds each weighted row in one operation
+        if dtype == "float32" and xp is np:
             np.testing.assert_array_equal(back(out), back(cumoe.fused_experts(*given, **named)))
 
 
