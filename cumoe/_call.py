@@ -49,7 +49,8 @@ class Call(NamedTuple):
             empty((self.shares.schedule_size,), np.int32),
             empty((most * top_k, e.intermediate_size), bits),
             empty((most * top_k, e.hidden_size), bits),
-            *(None, None),
+            None,
+            None,
             empty((self.shares.expanded,), bits),
         )
         tokens, between = self._spaces(most, scratch.activated, bits, empty)

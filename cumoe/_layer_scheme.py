@@ -28,6 +28,8 @@ _SCHEME_OF = {
 }
 _OF_ROWS = {name: scheme for name, scheme in _SCHEME_OF.items() if scheme != "int4"}
 _FIXED_GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+_OF_WEIGHTS = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "g1_alphas", "g2_alphas")
+_OF_ACTIVATIONS = ("a1_scale", "a2_scale", "a1_gscale", "a2_gscale")
 _E8M0, _E4M3 = "float8_e8m0fnu", "float8_e4m3fn"
 
 
@@ -79,10 +81,7 @@ def is_quantised(quant_config: Any) -> bool:
 
 def parts(quant_config: FusedMoEQuantConfig) -> dict[str, Array]:
     """The arrays of a config beside its biases, by name."""
-    names = ("scale", "zp"), ("scale", "gscale")
-    weights = {f"w{i}_{part}": getattr(quant_config, f"w{i}_{part}") for i in (1, 2) for part in names[0]}
-    rows = {f"a{i}_{part}": getattr(quant_config, f"a{i}_{part}") for i in (1, 2) for part in names[1]}
-    return weights | rows | {f"g{i}_alphas": getattr(quant_config, f"g{i}_alphas") for i in (1, 2)}
+    return {name: getattr(quant_config, name) for name in _OF_WEIGHTS + _OF_ACTIVATIONS}
 
 
 def logical_shape(name: str, codes: Array, desc: FusedMoEQuantDesc, letters: str) -> tuple[int, int, int]:
@@ -145,9 +144,9 @@ def planned_rows(which: int, desc: FusedMoEQuantDesc) -> Rows | None:
 def _kind_of_rows(which: int, desc: FusedMoEQuantDesc) -> tuple[str, int, bool]:
     """Scheme, columns of a group, and whether one scale serves all rows."""
     scheme = _known(_OF_ROWS, f"activations of product {which}", desc.dtype)
-    per_tensor = desc.shape in (None, GroupShape.PER_TENSOR) and scheme not in _FIXED_GROUP
-    whole = per_tensor or (desc.shape is not None and desc.shape.is_per_token())
-    return scheme, _FIXED_GROUP.get(scheme, -1 if whole or desc.shape is None else desc.shape.col), per_tensor
+    shape = GroupShape.PER_TENSOR if desc.shape is None else desc.shape
+    per_tensor = shape.is_per_tensor() and scheme not in _FIXED_GROUP
+    return scheme, _FIXED_GROUP.get(scheme, shape.col), per_tensor
 
 
 def bits_of_weight(desc: FusedMoEQuantDesc) -> float:

@@ -23,7 +23,7 @@ class Scratch(NamedTuple):
     rows: Any  # (T*k, H)
     tokens: _quantised_rows.Space | None  # of the tokens, if they are quantised
     between: _quantised_rows.Space | None  # of `activated`, in place
-    expanded: Any  # weights of one product, decoded; (0, 0, 0) where nothing is to decode, or decoded on the way
+    expanded: Any  # weights of one product, decoded, in a line; (0,) where nothing is to decode, or on the way
 
 
 class Piece(NamedTuple):

@@ -107,10 +107,11 @@ def product(
     if rows is not None:
         x, row_factor = quantised.quantise(x, rows, dtype, e, batch)
     numbers, column_factor = weights.operand(e, dtype)
-    sums = linear(x, numbers.value)
+    sums = linear(x, numbers.value, None, operand_unit)
     with np.errstate(invalid="ignore", over="ignore"):
         grown = times(np.abs(x.value) + x.error, numbers.error)  # what rounding the weights may change
-        sums = Bounded(sums.value, sums.error + (1 + gamma(x.value.shape[1] + 2)) * grown)
+        grown *= (1 + operand_unit) ** 2 * (1 + gamma(x.value.shape[1] + 2))
+        sums = Bounded(sums.value, sums.error + grown)
         return factored(sums, row_factor, column_factor, bias)
 
 
