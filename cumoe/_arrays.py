@@ -57,7 +57,7 @@ def on_callers_stream(function: Callable[_Arguments, _Result]) -> Callable[_Argu
 
     Kernels, copies and allocations go to CuPy's current stream. For CuPy arrays that is the caller's
     own. torch has another; without this, each call would make one stream wait for the other, twice,
-    which costs time and cannot be captured in a graph.
+    which costs time and cannot be captured in a graph. Tensors in a `Quantized` or a config count.
     """
 
     @functools.wraps(function)

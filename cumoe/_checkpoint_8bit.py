@@ -1,16 +1,23 @@
 """Weights of one byte a number: int8 and float8_e4m3fn of compressed-tensors, and DeepSeek's blocks."""
 
 from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
 
 from cumoe import _arrays, _check, _stored
 from cumoe._arrays import Array, Side
 from cumoe._quant_desc import GroupShape
-from cumoe._schemes import SCHEMES, Layout, Quantized, group_shape_of
+from cumoe._schemes import DTYPES, SCHEMES, Layout, Quantized, group_shape_of
 
 
 @_arrays.on_callers_stream
 def from_compressed_tensors_int8(
-    weight: Array, weight_scale: Array, group_shape: Sequence[int] | None = None
+    weight: Array,
+    weight_scale: Array,
+    group_shape: Sequence[int] | None = None,
+    *,
+    weight_zero_point: Array | None = None,
 ) -> Quantized:
     """
     Read a weight of a compressed-tensors checkpoint in the format int-quantized.
@@ -24,11 +31,14 @@ def from_compressed_tensors_int8(
     group_shape : (int, int), optional
         Rows and columns that share a scale. Default: a row, (1, -1), if `weight_scale` has as many axes as
         `weight`, or else a matrix, (-1, -1).
+    weight_zero_point : array, int8, optional
+        Codes of zero, of the shape of `weight_scale`. None stands for 0.
 
     Returns
     -------
     quantized : Quantized
-        Scheme ``"int8"``; codes without a copy, scales in float32, which is exact.
+        Scheme ``"int8"``, codes without a copy; with zero points ``"uint8"``, codes and zero points plus 128. Scales
+        in float32, which is exact.
 
     Raises
     ------
@@ -43,7 +53,7 @@ def from_compressed_tensors_int8(
 
     Notes
     -----
-    Symmetric weights only: there is no zero point. The call does not wait for the device.
+    The layer takes zero points of rows, or of groups along a row. The call does not wait for the device.
 
     References
     ----------
@@ -56,20 +66,33 @@ def from_compressed_tensors_int8(
     >>> cumoe.dequantize(cumoe.from_compressed_tensors_int8(weight, scale))
     array([[ 0.5 , -1.  ],
            [ 0.75,  1.  ]], dtype=float32)
+    >>> zeros = np.array([[1], [-4]], np.int8)
+    >>> cumoe.dequantize(cumoe.from_compressed_tensors_int8(weight, scale, weight_zero_point=zeros))
+    array([[ 0.  , -1.5 ],
+           [ 1.75,  2.  ]], dtype=float32)
     """
-    side, (weight, weight_scale) = _arrays.enter(weight=weight, weight_scale=weight_scale)
-    return _read(side, "int8", weight, "weight_scale", weight_scale, group_shape)
+    side, (weight, weight_scale, zeros) = _arrays.enter(
+        weight=weight, weight_scale=weight_scale, weight_zero_point=weight_zero_point
+    )
+    read = _read(side, "int8", weight, "weight_scale", weight_scale, group_shape)
+    if zeros is None:
+        return read
+    _check.dtype("weight_zero_point", zeros, ("int8",))
+    _check.shape("weight_zero_point", zeros, "of weight_scale", tuple(weight_scale.shape))
+    zeros = _flipped(side.xp, zeros).reshape(read.scale.shape)
+    values = side.leave(_flipped(side.xp, weight))
+    return read._replace(values=values, scheme="uint8", zero_points=side.leave(zeros))
 
 
 @_arrays.on_callers_stream
-def to_compressed_tensors_int8(quantized: Quantized, *, scale_dtype: str = "float32") -> tuple[Array, Array]:
+def to_compressed_tensors_int8(quantized: Quantized, *, scale_dtype: str = "float32") -> tuple[Array, Array, Array]:
     """
     Write a weight as compressed-tensors checkpoints in the format int-quantized have it.
 
     Parameters
     ----------
     quantized : Quantized
-        Scheme ``"int8"``.
+        Scheme ``"int8"`` or ``"uint8"``.
     scale_dtype : {"float32", "float16", "bfloat16"}, default "float32"
         Dtype of the scales that are written.
 
@@ -79,6 +102,8 @@ def to_compressed_tensors_int8(quantized: Quantized, *, scale_dtype: str = "floa
         Codes.
     weight_scale : (..., 1) or (..., Nb, Kb) array
         Scale of each matrix, or of each group.
+    weight_zero_point : array, int8, or None
+        Codes of zero, of the shape of `weight_scale`; None if the operand has none.
 
     Raises
     ------
@@ -93,16 +118,18 @@ def to_compressed_tensors_int8(quantized: Quantized, *, scale_dtype: str = "floa
 
     Notes
     -----
-    Nothing is rounded. The call reads the scales, and so waits for the device, unless `scale_dtype` is float32.
+    Nothing is rounded. Codes of ``"uint8"`` are written less 128; without zero points they are read back as ``"int8"``,
+    the same numbers. The call reads the scales, and so waits for the device, unless `scale_dtype` is float32.
 
     Examples
     --------
     >>> import cumoe, numpy as np
     >>> quantized = cumoe.quantize(np.array([[1.27, -0.5]], "float32"), "int8")
     >>> cumoe.to_compressed_tensors_int8(quantized)
-    (array([[127, -50]], dtype=int8), array([[0.01]], dtype=float32))
+    (array([[127, -50]], dtype=int8), array([[0.01]], dtype=float32), None)
     """
-    return _write(quantized, "int8", scale_dtype, ("float32", "float16", "bfloat16"))
+    weight, weight_scale, zeros = _write(quantized, ("int8", "uint8"), scale_dtype, DTYPES)
+    return weight, weight_scale, zeros
 
 
 @_arrays.on_callers_stream
@@ -201,7 +228,7 @@ def to_compressed_tensors_fp8(quantized: Quantized, *, scale_dtype: str = "float
     >>> weight.dtype, weight_scale
     (dtype(float8_e4m3fn), array([1.], dtype=float32))
     """
-    return _write(quantized, "fp8", scale_dtype, ("float32", "float16", "bfloat16"))
+    return _write(quantized, ("fp8",), scale_dtype, DTYPES)[:2]
 
 
 @_arrays.on_callers_stream
@@ -304,7 +331,7 @@ def to_deepseek_fp8(quantized: Quantized, *, scale_dtype: str = "float32") -> tu
     """
     if isinstance(quantized, Quantized) and min(quantized.group_shape) < 1:
         raise ValueError(f"group_shape must be a block, two sizes >= 1, got {tuple(quantized.group_shape)}")
-    return _write(quantized, "fp8", scale_dtype, _stored.WIDE_SCALES)
+    return _write(quantized, ("fp8",), scale_dtype, _stored.WIDE_SCALES)[:2]
 
 
 def _read(
@@ -314,7 +341,7 @@ def _read(
     name: str,
     scale: Array,
     group_shape: Sequence[int] | None,
-    scale_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"),
+    scale_dtypes: tuple[str, ...] = DTYPES,
 ) -> Quantized:
     _check.dtype("weight", weight, (SCHEMES[scheme].codes.name,))
     _check.dtype(name, scale, scale_dtypes)
@@ -334,10 +361,22 @@ def _read(
     return Quantized(side.leave(weight), side.leave(scale), scheme, shape)
 
 
-def _write(quantized: Quantized, scheme: str, scale_dtype: str, dtypes: tuple[str, ...]) -> tuple[Array, Array]:
+def _write(
+    quantized: Quantized, schemes: tuple[str, ...], scale_dtype: str, dtypes: tuple[str, ...]
+) -> tuple[Array, Array, Array]:
+    """Codes, scales and zero points, those of a matrix as (..., 1)."""
     _check.choice("scale_dtype", scale_dtype, dtypes)
-    parts = _stored.take_apart(quantized, (scheme,))
-    scale = parts.scale
-    if parts.layout.group_shape.is_per_tensor():
-        scale = scale.reshape(*parts.layout.shape[:-2], 1)
-    return parts.side.leave(parts.values), parts.side.leave(_stored.narrowed(parts.xp, scale, scale_dtype))
+    parts = _stored.take_apart(quantized, schemes)
+    values, zeros, leave = parts.values, parts.zero_points, parts.side.leave
+    scale = _stored.narrowed(parts.xp, _stored.widened(parts.xp, parts.scale), scale_dtype)
+    shape = (*scale.shape[:-2], 1) if parts.layout.group_shape.is_per_tensor() else scale.shape
+    if quantized.scheme == "uint8":
+        values = _flipped(parts.xp, values)
+        zeros = None if zeros is None else leave(_flipped(parts.xp, zeros).reshape(shape))
+    return leave(values), leave(scale.reshape(shape)), zeros
+
+
+def _flipped(xp: ModuleType, codes: Array) -> Array:
+    """Codes of int8 as those of uint8, 128 more, or the way back: the sign bit changes."""
+    other = np.uint8 if codes.dtype == np.int8 else np.int8
+    return (xp.ascontiguousarray(codes).view(np.uint8) ^ np.uint8(0x80)).view(other)

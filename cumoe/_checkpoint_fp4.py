@@ -179,11 +179,12 @@ def from_modelopt_nvfp4(
     _check.dtype("weight_scale", scale, ("float8_e4m3fn",))
     rows, columns, letters = n, blocks, "(..., N, K / 16)"
     if is_scale_swizzled:
-        rows, columns, letters = -(-n // 128) * 128, -(-blocks // 4) * 4, "(..., 128 ceil(N / 128), 4 ceil(K / 64))"
+        letters = "(..., 128 ceil(N / 128), 4 ceil(K / 64))"
+        rows, columns = _packing.swizzled_sizes(n, blocks)
     _check.shape("weight_scale", scale, letters, (*weight.shape[:-2], rows, columns))
     scale_2 = _one_a_matrix("weight_scale_2", scale_2, weight.shape[:-2])
     if is_scale_swizzled:
-        scale = _packing.unswizzle_scales(scale, n, blocks)
+        scale = _packing.unswizzled(side.xp, scale, n, blocks)
     return _nvfp4(side, weight, scale, _reciprocal(side.xp, scale_2))
 
 

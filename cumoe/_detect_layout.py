@@ -10,12 +10,10 @@ import numpy as np
 
 from cumoe import _arrays, _check
 from cumoe._arrays import Array
-from cumoe._call import ON_INPUT, check_routing
-from cumoe._experts import make_experts, weight_arrays
+from cumoe._experts import make_experts
+from cumoe._law import enter_compared, host, host_rows, needs_all_tokens, used_experts
 from cumoe._layer_scheme import is_quantised, planned_rows
 from cumoe._layout_probe import Misfit, Probe, misfits
-from cumoe._prepare import PreparedExperts
-from cumoe._verify import _experts_of, _host, _rows
 from cumoe._weight_layout import Layout, answers, converted
 from cumoe.reference.experts import local_experts
 
@@ -63,7 +61,8 @@ def detect_layout(
     activation : str, default "silu"
         As for `fused_experts`.
     quant_config : FusedMoEQuantConfig, optional
-        As for `fused_experts`, with scales, zero points, alphas and biases as they come with the weights.
+        As for `fused_experts`, with scales, zero points, alphas and biases as they come with the weights. Whether
+        scales are in blocks of 128 x 4 is found, whatever it says.
     apply_router_weight_on_input, expert_map
         As for `fused_experts`.
     tolerance : float, optional
@@ -124,38 +123,33 @@ def detect_layout(
     >>> bool((found == w1).all())
     True
     """
-    if isinstance(w1, PreparedExperts):
-        raise TypeError("w1 must be an array (E, 2I, H), got PreparedExperts; pass what it was prepared from")
-    _check.choice("apply_router_weight_on_input", apply_router_weight_on_input, ON_INPUT)
     if tolerance is not None:
         _check_tolerance(tolerance)
-    own = weight_arrays(w1, w2, quant_config)
-    side, inside = _arrays.enter(
-        **own,
+    given = enter_compared(
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        quant_config,
+        apply_router_weight_on_input,
         expected=expected,
-        hidden_states=hidden_states,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        expert_map=expert_map,
     )
-    own = dict(zip(own, inside, strict=False))
-    expected, x, weights, ids, expert_map = inside[-5:]
+    side, own = given.side, given.own
     for name, array in (("w1", own["w1"]), ("w2", own["w2"])):
         _check.ndim(name, array, "(E, N, K) or (E, K, N)", 3)
-    _check.ndim("hidden_states", x, "(T, H)", 2)
-    _check.dtype("hidden_states", x, ("float32", "float16", "bfloat16"))
-    _check.shape("expected", expected, "(T, H)", tuple(x.shape))
-    _check.dtype("expected", expected, ("float32", "float16", "bfloat16", "float64"))
-    check_routing(weights, ids, len(x))
-    _check.expert_map(expert_map)
-    x, weights, ids, expert_map, expected = (_host(array) for array in (x, weights, ids, expert_map, expected))
+    _check.dtype("hidden_states", given.x, ("float32", "float16", "bfloat16"))
+    _check.shape("expected", given.result, "(T, H)", tuple(given.x.shape))
+    _check.dtype("expected", given.result, ("float32", "float16", "bfloat16", "float64"))
+    expected, x, weights, ids, expert_map = (host(array) for array in given[2:])
     num_experts = _num_experts(own)
     tokens = _tokens(ids, expert_map, expected, num_experts)
     if _needs_all_tokens(quant_config, apply_router_weight_on_input):
         tokens = np.arange(len(x))
     elif len(tokens) > _TOKENS:
         tokens = tokens[np.linspace(0, len(tokens) - 1, _TOKENS).astype(int)]
-    used, expert_map = _experts_of(ids[tokens], expert_map, num_experts)
+    used, expert_map = used_experts(ids[tokens], expert_map, num_experts)
     probe = Probe(
         x,
         weights,
@@ -169,7 +163,7 @@ def detect_layout(
     )
     layouts = _fitting(probe)
     if not layouts:
-        make_experts(side.xp, own, activation, quant_config, inside[-4])  # says what does not fit
+        make_experts(side.xp, own, activation, quant_config, given.x)  # says what does not fit
     found = _search(probe, layouts, tokens, tolerance)
     closest = min(found, key=lambda layout: found[layout].error)
     limit = min(found[closest].bound, _MOST) if tolerance is None else tolerance
@@ -225,14 +219,13 @@ def _needs_all_tokens(quant_config: Any, on_input: bool | str) -> bool:
     if not is_quantised(quant_config):
         return False
     a1, a2 = planned_rows(1, quant_config._a1), planned_rows(2, quant_config._a2)
-    on_tokens = on_input in (True, "hidden_states")
-    return (a2 is not None and a2.is_batch_wide) or (a1 is not None and a1.is_batch_wide and on_tokens)
+    return needs_all_tokens(a1, a2, on_input)
 
 
 def _of_experts(name: str, array: Any, used: Any, num_experts: int) -> Any:
     """The part of some experts, on the host; what is not by expert is whole."""
     is_by_expert = name[0] in "wg" or (name.endswith("gscale") and array is not None and array.size == num_experts > 1)
-    return _rows(array, used) if is_by_expert else _host(array)
+    return host_rows(array, used) if is_by_expert else host(array)
 
 
 def _fitting(probe: Probe) -> list[Layout]:

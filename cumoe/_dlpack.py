@@ -30,6 +30,7 @@ _SMALL_FLOATS = {
     "float8_e5m2fnuz": 13,
     "float8_e8m0fnu": 14,
 }
+_DEPTH = 3  # an argument, a descriptor in it, an array in that
 _PACKED_FP4 = (17, 4, 2)  # two numbers a byte: comes in as raw uint8
 _DTYPES = {
     **{(code, 8 * np.dtype(name).itemsize, 1): np.dtype(name) for name, code in _SMALL_FLOATS.items()},
@@ -151,16 +152,31 @@ def stream_wish(x: Any) -> int | None:
 
 
 def stream_of_first(values: Iterable[Any]) -> Any:
-    """Return the stream that the library of the first CUDA tensor works on, as a CuPy stream; None: it has none."""
+    """
+    Return the stream that the library of the first CUDA tensor works on, as a CuPy stream; None: it has none.
+
+    Tensors among `values` come first, then those in tuples (`Quantized`) and in dataclasses (a config, whose
+    descriptors have them).
+    """
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.is_cuda:
-            stream = torch.cuda.current_stream(value.device)
-            streams = _cupy().cuda.Stream
-            return streams.from_external(_Stream(stream)) if stream.cuda_stream else streams.null
+    level = list(values)
+    for _ in range(_DEPTH):
+        for value in level:
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                stream = torch.cuda.current_stream(value.device)
+                streams = _cupy().cuda.Stream
+                return streams.from_external(_Stream(stream)) if stream.cuda_stream else streams.null
+        level = [part for value in level for part in _parts(value)]
     return None
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a tuple or a dataclass holds."""
+    if isinstance(value, tuple):
+        return value
+    return [getattr(value, name) for name in getattr(type(value), "__dataclass_fields__", ())]
 
 
 class _Stream:

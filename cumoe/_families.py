@@ -41,65 +41,90 @@ class LayerSpec:
     shared_intermediate_size: int = 0
     shared_expert: str = ""
     shared_gate: str = ""
+    router: str = "gate"
+    logit_bias: str = ""  # bias of the router logits inside the module
+    has_biases: bool = False  # of both products
+    limit: float | None = None  # of the activation
 
 
 class Fields:
-    """config.json with checked reads; the first of several names that is present and not null counts."""
+    """
+    A JSON object with checked reads; the first of several names that is present and not null counts.
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
+    `prefix` is the way to an object inside another, as messages spell it.
+    """
+
+    def __init__(self, values: dict[str, Any], prefix: str = "", file: str = "config.json") -> None:
+        self.values, self._prefix, self._file = values, prefix, file
 
     def get(self, *names: str, default: Any = None) -> Any:
-        for name in names:
-            if self._values.get(name) is not None:
-                return self._values[name]
-        if default is not None:
-            return default
-        also = "".join(f" (or {name!r})" for name in names[1:])
-        raise ValueError(f"config.json must have the field {names[0]!r}{also}, got none; take it from the model's page")
+        value = self.optional(*names)
+        if value is None and default is None:
+            also = "".join(f" (or {self._prefix + name!r})" for name in names[1:])
+            wanted = f"the field {self._prefix + names[0]!r}{also}"
+            raise ValueError(f"{self._file} must have {wanted}, got none; take it from the model's page")
+        return default if value is None else value
+
+    def optional(self, *names: str) -> Any:
+        return next((self.values[name] for name in names if self.values.get(name) is not None), None)
+
+    def inside(self, name: str) -> "Fields":
+        """The object in a field."""
+        value = self.get(name)
+        if not isinstance(value, dict):
+            raise TypeError(f"{self._says(name)} must be an object, got {value!r}")
+        return Fields(value, f"{self._prefix}{name}.", self._file)
 
     def integer(self, *names: str, low: int = 1, high: int | None = None, default: int | None = None) -> int:
-        return _check.integer(f"{self._name(names)} in config.json", self.get(*names, default=default), low, high)
+        return _check.integer(self._says(*names), self.get(*names, default=default), low, high)
 
-    def flag(self, name: str) -> bool:
-        value = self.get(name)
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self.get(name, default=default)
         if not isinstance(value, bool):
-            raise TypeError(f"{name} in config.json must be true or false, got {value!r}")
+            raise TypeError(f"{self._says(name)} must be true or false, got {value!r}")
         return value
 
     def number(self, name: str) -> float:
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} in config.json must be a number, got {value!r}")
+            raise TypeError(f"{self._says(name)} must be a number, got {value!r}")
         return float(value)
 
-    def only(self, name: str, value: Any) -> None:
-        """Raise unless the optional field `name` is absent or has the one value that is implemented."""
-        if self.get(name, default=value) != value:
-            raise NotImplementedError(f"no loader for {name} = {self.get(name)!r} in config.json; available: {value!r}")
+    def choice(self, *names: str, among: tuple[Any, ...], default: Any = None) -> Any:
+        """A field whose other values are not implemented."""
+        value = self.get(*names, default=default)
+        if value not in among:
+            listed = ", ".join(map(repr, among))
+            raise NotImplementedError(
+                f"no loader for {self._of(*names)} = {value!r} in {self._file}; available: {listed}"
+            )
+        return value
 
-    def string(self, name: str) -> str:
-        value = self.get(name)
+    def string(self, *names: str) -> str:
+        value = self.get(*names)
         if not isinstance(value, str):
-            raise TypeError(f"{name} in config.json must be a string, got {value!r}")
+            raise TypeError(f"{self._says(*names)} must be a string, got {value!r}")
         return value
 
     def items(self, name: str) -> list[Any]:
         value = self.get(name, default=[])
         if not isinstance(value, list):
-            raise TypeError(f"{name} in config.json must be a list, got {value!r}")
+            raise TypeError(f"{self._says(name)} must be a list, got {value!r}")
         return value
 
     def activation(self) -> str:
         name = self.string("hidden_act")
         if name not in _ACTIVATIONS:
             raise NotImplementedError(
-                f"no loader for hidden_act = {name!r} in config.json; available: {', '.join(_ACTIVATIONS)}"
+                f"no loader for hidden_act = {name!r} in {self._file}; available: {', '.join(_ACTIVATIONS)}"
             )
         return _ACTIVATIONS[name]
 
-    def _name(self, names: tuple[str, ...]) -> str:
-        return next((name for name in names if self._values.get(name) is not None), names[0])
+    def _of(self, *names: str) -> str:
+        return self._prefix + next((name for name in names if self.values.get(name) is not None), names[0])
+
+    def _says(self, *names: str) -> str:
+        return f"{self._of(*names)} in {self._file}"
 
 
 def _dense(model_type: str, layer: int, reason: str) -> ValueError:
@@ -164,8 +189,8 @@ def _qwen3_moe(fields: Fields, layer: int) -> LayerSpec:
 
 
 def _deepseek_v3(fields: Fields, layer: int) -> LayerSpec:
-    fields.only("scoring_func", "sigmoid")
-    fields.only("topk_method", "noaux_tc")
+    fields.choice("scoring_func", among=("sigmoid",), default="sigmoid")
+    fields.choice("topk_method", among=("noaux_tc",), default="noaux_tc")
     first, step = fields.integer("first_k_dense_replace", low=0), fields.integer("moe_layer_freq", default=1)
     if layer < first:
         raise _dense("deepseek_v3", layer, f"first_k_dense_replace = {first}")
@@ -202,8 +227,26 @@ def _deepseek_v3(fields: Fields, layer: int) -> LayerSpec:
     )
 
 
+def _gpt_oss(fields: Fields, layer: int) -> LayerSpec:
+    num_experts = fields.integer("num_local_experts", "num_experts")
+    return LayerSpec(
+        model_type="gpt_oss",
+        layer=layer,
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_experts=num_experts,
+        activation="swigluoai",  # whatever hidden_act says
+        routing=Routing(top_k=_top_k(fields, num_experts), renormalize=True, rounded_weights=True),
+        router="router",
+        logit_bias="router.bias",
+        has_biases=True,
+        limit=fields.number("swiglu_limit"),
+    )
+
+
 FAMILIES: dict[str, Callable[[Fields, int], LayerSpec]] = {
     "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
@@ -217,13 +260,6 @@ def layer_spec(config: dict[str, Any], layer: int) -> LayerSpec:
     if model_type not in FAMILIES:
         raise NotImplementedError(
             f"no loader for model_type {model_type!r} in config.json; available: {', '.join(FAMILIES)}"
-        )
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise NotImplementedError(
-            f"no loader for quantization_config.quant_method = {method!r} in config.json; "
-            "available: unquantised float32, float16 and bfloat16 checkpoints"
         )
     layer = _check.integer("layer", layer, 0, fields.integer("num_hidden_layers") - 1)
     return FAMILIES[model_type](fields, layer)

@@ -68,6 +68,11 @@ class Scheme(NamedTuple):
     a1: Rows | None
     a2: Rows | None
 
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code of the first weight."""
+        return 4 if SCHEMES[self.w1.format.rule].is_packed else 8
+
 
 def is_quantised(quant_config: Any) -> bool:
     """Whether a config quantises anything; raise if it is no config."""
@@ -105,6 +110,8 @@ def weight_scheme(name: str, dtype: DType, codes: Array) -> str:
 def rows_of(which: int, desc: FusedMoEQuantDesc, arrays: dict[str, Array], num_experts: int) -> Rows | None:
     """How the rows before product `which` are quantised."""
     scale, gscale = arrays[f"a{which}_scale"], arrays[f"a{which}_gscale"]
+    if desc.is_scale_swizzled:
+        raise ValueError(f"a{which} must have is_scale_swizzled False: it is of weights, got True")
     if desc.dtype is None:
         for name, array in ((f"a{which}_scale", scale), (f"a{which}_gscale", gscale)):
             if array is not None:
@@ -149,13 +156,18 @@ def _kind_of_rows(which: int, desc: FusedMoEQuantDesc) -> tuple[str, int, bool]:
     return scheme, _FIXED_GROUP.get(scheme, shape.col), per_tensor
 
 
+def code_bits(desc: FusedMoEQuantDesc) -> int:
+    """Bits of a code of a weight."""
+    return 4 if SCHEMES[_known(_SCHEME_OF, "a weight", desc.dtype)].is_packed else 8
+
+
 def bits_of_weight(desc: FusedMoEQuantDesc) -> float:
     """Bits that an element of a weight takes, with its share of the scales; those of one scale a row or more not."""
     scheme = _known(_SCHEME_OF, "a weight", desc.dtype)
     cols = _FIXED_GROUP.get(scheme, desc.shape.col if desc.shape is not None and desc.shape.col > 0 else 0)
     rows = desc.shape.row if desc.shape is not None and desc.shape.row > 1 else 1
     shared = (8 if scheme in _FIXED_GROUP else 16 if scheme == "int4" else 32) / (cols * rows) if cols else 0
-    return (4 if SCHEMES[scheme].is_packed else 8) + shared
+    return code_bits(desc) + shared
 
 
 def weight_of(
@@ -178,11 +190,13 @@ def weight_of(
             raise ValueError(f"w{which}_zp must be None for {scheme!r}")
         cols = _FIXED_GROUP[scheme]
         _check.dtype(name, scale, tuple(dict.fromkeys((*SCHEMES[scheme].scales, "uint8"))))
-        _check.shape(name, scale, f"(E, N, ceil(K / {cols}))", (*shape[:2], -(-shape[2] // cols)))
+        scale = _by_row(xp, name, scale, desc.is_scale_swizzled, shape, cols)
         if scheme == "nvfp4":
             _check.given(f"g{which}_alphas", alphas)
         stored = WeightFormat(scheme, _arrays.bits(scale), "uint8", None, ones, 1, cols)
         return Weight(stored, _with_alphas(xp, which, xp.empty((0, 0), np.float32), alphas, shape))
+    if desc.is_scale_swizzled:
+        raise ValueError(f"{name} must not be swizzled for {scheme!r}; available: {', '.join(_FIXED_GROUP)}")
     scale = _floats(xp, name, scale, scheme)
     factor, scale, rows, cols = _placed(xp, name, scale, desc.shape, shape, has_halves)
     zero_points = None
@@ -203,6 +217,24 @@ def _known(names: dict[str, str], what: str, dtype: DType) -> str:
     if found is None:
         raise NotImplementedError(f"no kernel for {what} in {dtype_name(dtype)!r}; available: {', '.join(names)}")
     return found
+
+
+def _by_row(
+    xp: ModuleType, name: str, scale: Array, is_swizzled: bool, shape: tuple[int, int, int], cols: int
+) -> Array:
+    """Scales of groups of `cols`, (E, N, Kb), which may come in blocks of 128 x 4."""
+    expected, letters = (*shape[:2], -(-shape[2] // cols)), f"(E, N, ceil(K / {cols}))"
+    padded = shape[0], *_packing.swizzled_sizes(*expected[1:])
+    if is_swizzled:
+        _check.shape(name, scale, f"(E, 128 ceil(N / 128), 4 ceil(K / {4 * cols}))", padded)
+        return _packing.unswizzled(xp, scale, *expected[1:])
+    if tuple(scale.shape) == padded != expected:
+        raise ValueError(
+            f"{name} must have shape {letters} = {expected}, got {padded}; "
+            "these look swizzled, which is_weight_scale_swizzled=True says"
+        )
+    _check.shape(name, scale, letters, expected)
+    return scale
 
 
 def _floats(xp: ModuleType, name: str, scale: Array, scheme: str) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cumoe._act import parameters
 from cumoe._experts import Experts, make_experts
-from cumoe._verify import _rows_law, _weight_law
+from cumoe._law import rows_law, weight_law
 from cumoe._weight_layout import Layout, converted, goes_by_half, stored_rows
 from cumoe.reference import experts, quantised
 from cumoe.reference.rounding import Bounded, gamma, rounded
@@ -95,7 +95,7 @@ def _columns_of(layout: Layout, computed: Layout, num_rows: int) -> Any:
 
 def _laws(probe: Probe, arrays: dict[str, Any], made: Experts, tokens: Any, columns: Any) -> _Laws:
     scheme = made.scheme
-    w1, w2 = (_weight_law(arrays[name], scheme, name, _ALL) for name in ("w1", "w2"))
+    w1, w2 = (weight_law(arrays[name], scheme, name, _ALL) for name in ("w1", "w2"))
     if isinstance(w2, quantised.Weights):
         blocks = columns // w2.rows
         pick = {name: getattr(w2, name)[:, blocks] for name in ("scale", "zero_points") if _has(getattr(w2, name))}
@@ -112,8 +112,8 @@ def _laws(probe: Probe, arrays: dict[str, Any], made: Experts, tokens: Any, colu
         w2,
         w1_bias,
         None if w2_bias is None else w2_bias[:, columns],
-        _rows_law(a1, _ALL, batch),
-        _rows_law(a2, _ALL),
+        rows_law(a1, _ALL, batch),
+        rows_law(a2, _ALL),
     )
 
 
@@ -131,13 +131,13 @@ def _first(probe: Probe, laws: _Laws, tokens: Any) -> Iterator[tuple[int, Any, A
     if a1 is not None and a1.is_batch_wide:
         whole = x if a1.batch is None else np.asarray(a1.batch).astype(np.float64)
         every = Bounded(whole, np.zeros_like(whole))
-        batch = quantised.batch_scale(experts._times(every, weights[:, :1], dtype) if on_tokens else every, a1)
+        batch = quantised.batch_scale(experts.weighted(every, weights[:, :1], dtype) if on_tokens else every, a1)
     for e in np.unique(local[local >= 0]):
         rows, choices = np.nonzero(local == e)
         weight = weights[rows, choices][:, None]
         given = Bounded(x[rows], np.zeros_like(x[rows]))
         if on_tokens:
-            given = experts._times(given, weight, dtype)
+            given = experts.weighted(given, weight, dtype)
         h = experts.product(given, laws.w1, e, a1, batch, laws.w1_bias, 0.0, dtype)
         if probe.on_input == "accumulator":
             h = experts.scaled(h, weight)
@@ -156,7 +156,7 @@ def _second(
         between.append(Bounded(a.value, rounded(a.value, a.error, dtype)))
     batch = None
     if a2 is not None and a2.is_batch_wide:
-        batch = quantised.batch_scale(experts._joined(between), a2)
+        batch = quantised.batch_scale(experts.joined(between), a2)
     out, size, error = (np.zeros((len(tokens), num_columns)) for _ in range(3))
     for (e, rows, choices, _), a in zip(first, between, strict=True):
         y = experts.product(a, laws.w2, e, a2, batch, laws.w2_bias, 0.0, dtype)

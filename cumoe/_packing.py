@@ -147,10 +147,10 @@ def swizzle_scales(scale: Array) -> Array:
     side, (scale,) = _arrays.enter(scale=scale)
     _check_scales("scale", scale)
     *lead, num_rows, num_cols = scale.shape
-    down, across = -(-num_rows // 128), -(-num_cols // 4)
-    padded = side.xp.zeros((*lead, down * 128, across * 4), np.uint8)
+    rows, columns = swizzled_sizes(num_rows, num_cols)
+    padded = side.xp.zeros((*lead, rows, columns), np.uint8)
     padded[..., :num_rows, :num_cols] = _arrays.bits(scale)
-    blocks = padded.reshape(*lead, down, 4, 32, across, 4)
+    blocks = padded.reshape(*lead, rows // 128, 4, 32, columns // 4, 4)
     swizzled = side.xp.ascontiguousarray(side.xp.moveaxis(blocks, (-2, -3, -4), (-4, -3, -2)))
     return side.leave(swizzled.reshape(padded.shape).view(scale.dtype))
 
@@ -197,12 +197,9 @@ def unswizzle_scales(scale: Array, num_rows: int, num_cols: int) -> Array:
     side, (scale,) = _arrays.enter(scale=scale)
     _check_scales("scale", scale)
     num_rows, num_cols = _check.integer("num_rows", num_rows, 0), _check.integer("num_cols", num_cols, 0)
-    lead, down, across = scale.shape[:-2], -(-num_rows // 128), -(-num_cols // 4)
     letters = "(..., 128 ceil(num_rows / 128), 4 ceil(num_cols / 4))"
-    _check.shape("scale", scale, letters, (*lead, down * 128, across * 4))
-    blocks = _arrays.bits(scale).reshape(*lead, down, across, 32, 4, 4)
-    rows = side.xp.moveaxis(blocks, (-4, -3, -2), (-2, -3, -4)).reshape(scale.shape)
-    return side.leave(side.xp.ascontiguousarray(rows[..., :num_rows, :num_cols]).view(scale.dtype))
+    _check.shape("scale", scale, letters, (*scale.shape[:-2], *swizzled_sizes(num_rows, num_cols)))
+    return side.leave(unswizzled(side.xp, scale, num_rows, num_cols))
 
 
 def packed(xp: ModuleType, codes: Array, axis: int) -> Array:
@@ -217,6 +214,19 @@ def unpacked(xp: ModuleType, pairs: Array, axis: int) -> Array:
     pairs = xp.moveaxis(pairs, axis, -1)
     codes = xp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
     return xp.ascontiguousarray(xp.moveaxis(codes, -1, axis))
+
+
+def swizzled_sizes(num_rows: int, num_cols: int) -> tuple[int, int]:
+    """Rows and columns of scales in blocks of 128 x 4, filled up."""
+    return -(-num_rows // 128) * 128, -(-num_cols // 4) * 4
+
+
+def unswizzled(xp: ModuleType, scale: Array, num_rows: int, num_cols: int) -> Array:
+    """Scales in blocks of 128 x 4, of the sizes above, by row and column; new memory."""
+    *lead, down, across = scale.shape
+    blocks = _arrays.bits(scale).reshape(*lead, down // 128, across // 4, 32, 4, 4)
+    rows = xp.moveaxis(blocks, (-4, -3, -2), (-2, -3, -4)).reshape(scale.shape)
+    return xp.ascontiguousarray(rows[..., :num_rows, :num_cols]).view(scale.dtype)
 
 
 def _check_axis(name: str, array: Array, axis: int) -> int:

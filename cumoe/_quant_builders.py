@@ -2,7 +2,8 @@
 One builder a quantisation scheme, each giving a FusedMoEQuantConfig, named as in vLLM.
 
 All take ``**others``, the further fields of FusedMoEQuantConfig: `gemm1_alpha`, `gemm1_beta`,
-`gemm1_clamp_limit`, `is_scale_swizzled`, `is_scale_transposed` and `mx_alignment`.
+`gemm1_clamp_limit`, `is_scale_swizzled`, `is_scale_transposed` and `mx_alignment`. Those of mxfp4 and nvfp4 take
+`is_weight_scale_swizzled` besides: scales of weights in blocks of 128 x 4.
 """
 
 from collections.abc import Sequence
@@ -359,13 +360,14 @@ def _weight_only(
     w2_zp: Array = None,
     w1_bias: Array = None,
     w2_bias: Array = None,
+    is_weight_scale_swizzled: bool = False,
     **others: Any,
 ) -> FusedMoEQuantConfig:
     """Activations without a dtype; their shape is set only where the scheme's readers expect it."""
     return FusedMoEQuantConfig(
         FusedMoEQuantDesc(None, a_shape, None, a1_gscale),
         FusedMoEQuantDesc(None, a_shape, None, a2_gscale),
-        FusedMoEQuantDesc(weight_dtype, w_shape, w1_scale, None, w1_zp, w1_bias),
-        FusedMoEQuantDesc(weight_dtype, w_shape, w2_scale, None, w2_zp, w2_bias),
+        FusedMoEQuantDesc(weight_dtype, w_shape, w1_scale, None, w1_zp, w1_bias, is_weight_scale_swizzled),
+        FusedMoEQuantDesc(weight_dtype, w_shape, w2_scale, None, w2_zp, w2_bias, is_weight_scale_swizzled),
         **others,
     )

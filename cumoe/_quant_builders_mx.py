@@ -1,4 +1,9 @@
-"""Builders of the 4-bit floating-point schemes: OCP microscaling (mxfp4, mxfp6, mxfp8) and nvfp4."""
+"""
+Builders of the 4-bit floating-point schemes: OCP microscaling (mxfp4, mxfp6, mxfp8) and nvfp4.
+
+With ``is_weight_scale_swizzled=True``, which all but one take, `w1_scale` and `w2_scale` are as `swizzle_scales`
+gives them, (E, 128 ceil(N / 128), 4 ceil(K / group / 4)), in blocks of 128 x 4.
+"""
 
 from typing import Any
 
@@ -20,7 +25,7 @@ def mxfp4_w4a16_moe_quant_config(w1_scale: Any, w2_scale: Any, **others: Any) ->
     w1_scale, w2_scale : (E, N, K / 32) uint8 array, or PrecisionConfig
         Powers of two as biased exponents.
     **others
-        `w1_bias`, `w2_bias` and further fields of FusedMoEQuantConfig.
+        `w1_bias`, `w2_bias`, `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -62,7 +67,7 @@ def mxfp4_w4a4_moe_quant_config(
     block_shape : two ints, optional
         Rows and columns of a block.
     **others
-        Further fields of FusedMoEQuantConfig.
+        `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -137,7 +142,7 @@ def mxfp4_mxfp8_moe_quant_config(
     block_shape : None
         A block is always 32 elements of a row; only None is legal.
     **others
-        Further fields of FusedMoEQuantConfig.
+        `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -184,7 +189,7 @@ def mxfp4_w4a8_moe_quant_config(
     block_shape : None
         A block is always 32 elements of a row; only None is legal.
     **others
-        Further fields of FusedMoEQuantConfig.
+        `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -237,7 +242,7 @@ def ocp_mx_moe_quant_config(
     block_shape : two ints, optional
         Rows and columns of a block.
     **others
-        Further fields of FusedMoEQuantConfig.
+        `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -295,7 +300,7 @@ def nvfp4_moe_quant_config(
     w1_scale, w2_scale : (E, N, K / 16) float8_e4m3fn array
         Block scales.
     **others
-        `w1_bias`, `w2_bias` and further fields of FusedMoEQuantConfig.
+        `w1_bias`, `w2_bias`, `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -334,7 +339,7 @@ def nvfp4_w4a16_moe_quant_config(
     w1_scale, w2_scale : (E, N, K / 16) float8_e4m3fn array
         Block scales.
     **others
-        `w1_bias`, `w2_bias` and further fields of FusedMoEQuantConfig.
+        `w1_bias`, `w2_bias`, `is_weight_scale_swizzled` and further fields of FusedMoEQuantConfig.
 
     Returns
     -------
@@ -367,14 +372,15 @@ def _mxfp4_weights(
     a2_scale: Array,
     w1_bias: Array,
     w2_bias: Array,
+    is_weight_scale_swizzled: bool = False,
     **others: Any,
 ) -> FusedMoEQuantConfig:
     """All shapes None: the blocks of both formats are fixed."""
     return FusedMoEQuantConfig(
         FusedMoEQuantDesc(activation, None, a1_scale),
         FusedMoEQuantDesc(activation, None, a2_scale),
-        FusedMoEQuantDesc("mxfp4", None, w1_scale, None, None, w1_bias),
-        FusedMoEQuantDesc("mxfp4", None, w2_scale, None, None, w2_bias),
+        FusedMoEQuantDesc("mxfp4", None, w1_scale, None, None, w1_bias, is_weight_scale_swizzled),
+        FusedMoEQuantDesc("mxfp4", None, w2_scale, None, None, w2_bias, is_weight_scale_swizzled),
         **others,
     )
 

@@ -303,6 +303,7 @@ class FusedMoEQuantConfig:
         w1_zp: Array = None,
         w2_zp: Array = None,
         weight_dtype: DType = None,
+        is_weight_scale_swizzled: bool = False,
         **others: Any,
     ) -> "FusedMoEQuantConfig":
         """
@@ -324,6 +325,8 @@ class FusedMoEQuantConfig:
             Biases and zero points.
         weight_dtype : dtype or str, optional
             Number format of the weights; that of the activations if None.
+        is_weight_scale_swizzled : bool, default False
+            Scales of weights in mxfp4, mxfp8 or nvfp4 are in blocks of 128 x 4 (`swizzle_scales`).
         **others
             Further fields of the class: `is_scale_swizzled`, `gemm1_alpha`, ...
 
@@ -350,8 +353,8 @@ class FusedMoEQuantConfig:
         return FusedMoEQuantConfig(
             FusedMoEQuantDesc(quant_dtype, a_shape, a1_scale, a1_gscale),
             FusedMoEQuantDesc(quant_dtype, a_shape, a2_scale, a2_gscale),
-            FusedMoEQuantDesc(w_dtype, w_shape, w1_scale, g1_alphas, w1_zp, w1_bias),
-            FusedMoEQuantDesc(w_dtype, w_shape, w2_scale, g2_alphas, w2_zp, w2_bias),
+            FusedMoEQuantDesc(w_dtype, w_shape, w1_scale, g1_alphas, w1_zp, w1_bias, is_weight_scale_swizzled),
+            FusedMoEQuantDesc(w_dtype, w_shape, w2_scale, g2_alphas, w2_zp, w2_bias, is_weight_scale_swizzled),
             **others,
         )
 

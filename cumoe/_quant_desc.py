@@ -101,6 +101,8 @@ class FusedMoEQuantDesc:
         Zero points of an integer weight.
     bias : array, optional
         Bias added after the product with this weight.
+    is_scale_swizzled : bool, default False
+        The scales of this weight, mxfp4, mxfp8 or nvfp4, are in blocks of 128 x 4, as `swizzle_scales` gives them.
 
     Examples
     --------
@@ -116,10 +118,13 @@ class FusedMoEQuantDesc:
     alpha_or_gscale: Array = None
     zp: Array = None
     bias: Array = None
+    is_scale_swizzled: bool = False
 
     def __repr__(self) -> str:
         given = ((field.name, getattr(self, field.name)) for field in fields(self))
-        listed = ", ".join(f"{name}={_brief(value)}" for name, value in given if value is not None)
+        listed = ", ".join(
+            f"{name}={_brief(value)}" for name, value in given if value is not None and value is not False
+        )
         return f"FusedMoEQuantDesc({listed})"
 
 

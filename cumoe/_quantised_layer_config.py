@@ -133,13 +133,43 @@ def _nvfp4(
         _check.shape(name, array, letters, shape)
     scale1, scale2, *inputs = arrays
     if options.scheme == "nvfp4_w4a16":
-        alphas = _of_rows(activation, side.leave(scale1), rows), side.leave(scale2)
-        return nvfp4_w4a16_moe_quant_config(*alphas, *scales, **others)
+        return _nvfp4_of(activation, side, rows, (scale1, scale2), None, scales, others)
     input1, input2 = inputs[0].max(axis=1), inputs[1]  # both shards see the same tokens
-    alphas = _of_rows(activation, side.leave(scale1 * input1[:, None]), rows), side.leave(scale2 * input2)
-    one = np.float32(1)
-    gscales = side.leave(one / input1), side.leave(one / input2)
-    return nvfp4_moe_quant_config(*alphas, *gscales, *scales, **others)
+    one, alphas = np.float32(1), (scale1 * input1[:, None], scale2 * input2)
+    return _nvfp4_of(activation, side, rows, alphas, (one / input1, one / input2), scales, others)
+
+
+def nvfp4_config(
+    options: Options, activation: str, weights: dict[str, Array], others: dict[str, Any]
+) -> FusedMoEQuantConfig:
+    """The config of weights as compressed-tensors has them, whose global scales are what numbers are divided by."""
+    names = ["w13_weight_global_scale", "w2_weight_global_scale"]
+    if options.scheme == "nvfp4_w4a4":
+        names += ["w13_input_global_scale", "w2_input_global_scale"]
+    side, (scale1, scale2, *inputs) = _arrays.enter(**{name: weights[name] for name in names})
+    one, rows, gscales = np.float32(1), weights["w13_weight"].shape[1], None
+    if inputs:
+        gscales = inputs[0].min(axis=1), inputs[1]  # both shards see the same tokens
+        scale1, scale2 = scale1 * gscales[0][:, None], scale2 * gscales[1]
+    scales = weights["w13_weight_scale"], weights["w2_weight_scale"]
+    return _nvfp4_of(activation, side, rows, (one / scale1, one / scale2), gscales, scales, others)
+
+
+def _nvfp4_of(
+    activation: str,
+    side: _arrays.Side,
+    rows: int,
+    alphas: tuple[Array, Array],
+    gscales: tuple[Array, Array] | None,
+    scales: tuple[Array, Array],
+    others: dict[str, Any],
+) -> FusedMoEQuantConfig:
+    """The config of alphas (E, shards) and (E,), with global scales of the activations if those are quantised."""
+    of_rows = _of_rows(activation, side.leave(alphas[0]), rows), side.leave(alphas[1])
+    if gscales is None:
+        return nvfp4_w4a16_moe_quant_config(*of_rows, *scales, **others)
+    first, second = (side.leave(one) for one in gscales)
+    return nvfp4_moe_quant_config(*of_rows, first, second, *scales, **others)
 
 
 def _of_rows(activation: str, scale: Array, num_rows: int) -> Array:

@@ -117,8 +117,8 @@ class Layout:
         w1, w2 : array
             As `fused_experts` takes them. New arrays; those that are right already come back as they are.
         quant_config : FusedMoEQuantConfig or None
-            With converted scales, zero points, alphas and biases. Scales of blocks whose gate and up rows were
-            not in whole blocks come back one a row, with ``GroupShape(1, columns)``.
+            With converted scales, zero points, alphas and biases, and no `is_scale_swizzled`. Scales of blocks
+            whose gate and up rows were not in whole blocks come back one a row, with ``GroupShape(1, columns)``.
 
         Raises
         ------
@@ -191,6 +191,9 @@ def converted(
 ) -> tuple[dict[str, Array], Any]:
     """The arrays of `weight_arrays` in the documented layout; their config with the group that w1 has then."""
     out = dict(arrays)
+    if is_quantised(quant_config):  # the layout says how scales are stored, whatever the config says
+        by_row = {f"_w{i}": replace(getattr(quant_config, f"_w{i}"), is_scale_swizzled=False) for i in (1, 2)}
+        quant_config = replace(quant_config, **by_row)
 
     def change(names: tuple[str, ...], new: Any) -> None:
         out.update({name: new(out[name]) for name in names if out.get(name) is not None})

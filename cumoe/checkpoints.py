@@ -2,24 +2,26 @@
 A Hugging Face checkpoint directory in, one runnable `MoELayer` out.
 
 Shards are memory-mapped and only the tensors of the one layer are read, so that a layer of a model
-larger than the memory loads. The safetensors library validates a shard's header, this file maps its data.
+larger than the memory loads.
 """
 
-import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers "bfloat16" as a NumPy dtype name
 import numpy as np
 
-from cumoe import _arrays, _check
-from cumoe._families import LayerSpec, layer_spec
-from cumoe._prepare import prepare
+from cumoe import _arrays
+from cumoe._checkpoint_experts import FusedSite, Site, coded_experts, fused_experts, gpt_oss_experts, plain_experts
+from cumoe._checkpoint_formats import quantisation_of, stored_format
+from cumoe._checkpoint_tensors import Tensors, read_json
+from cumoe._families import Fields, LayerSpec, layer_spec
+from cumoe._prepare import PreparedExperts
+from cumoe._quant_config import FusedMoEQuantConfig
 from cumoe.layer import MoELayer, SharedExpert
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_layer(
@@ -32,18 +34,20 @@ def load_layer(
     ----------
     checkpoint_dir : path
         Directory with config.json and model.safetensors, or model.safetensors.index.json and its shards.
-        Model types: deepseek_v3, mixtral, qwen2_moe, qwen3_moe; one key an expert or fused 3-D keys.
+        Model types: deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe; one key an expert or fused 3-D keys.
+        Quantised experts are those of the notes, one set of keys a projection.
     layer : int
         Number of the decoder layer, from 0.
     device : {"cpu", "cuda", "cuda:0", ...}
         Where the weights go; "cuda" is the current device.
     scheme : None
-        None keeps the checkpoint's own dtype.
+        None keeps the checkpoint's own dtype, or its own codes.
 
     Returns
     -------
     layer : MoELayer
-        ``layer(hidden_states)`` runs it. It owns copies of the weights: the files may go away.
+        ``layer(hidden_states)`` runs it. It owns copies of the weights: the files may go away. Its `quant_config`
+        says what the codes of quantised experts mean.
 
     Raises
     ------
@@ -63,6 +67,24 @@ def load_layer(
     Only shards that hold tensors of this layer need to exist. While it loads, the layer's weights are in
     memory twice: as in the checkpoint and as `cumoe.prepare` lays them out.
 
+    Nothing is rounded: codes, scales and zero points are those of the file. By ``quant_method``:
+
+    ================== ==================================================================================
+    gptq               4 and 8 bits, w4a16 and w8a16; no groups in the order of activations
+    awq                4 bits, w4a16, of the version GEMM
+    compressed-tensors pack-quantized of 4 and 8 bits; int-quantized, w8a16 and w8a8, and float-quantized,
+                       w8a16 and w8a8, static and dynamic, in blocks too; nvfp4-pack-quantized, w4a4 and
+                       w4a16; zero points where integers have them and activations are not quantised
+    modelopt           NVFP4, w4a4; also of hf_quant_config.json
+    fp8                ``weight_block_size`` as DeepSeek has it, w8a8 with dynamic activations
+    mxfp4              gpt_oss, w4a16
+    ================== ==================================================================================
+
+    Tokens have the ``torch_dtype`` of config.json then. Experts, or the shared expert, that such a checkpoint keeps as
+    floats are taken as they are. Two scales of a gate and an up projection stay two. A static scale of
+    activations is the largest of all experts; that of nvfp4 is each expert's own, the larger of gate and up.
+    Activations in blocks have float32 scales, also where ``scale_fmt`` says ue8m0.
+
     Examples
     --------
     >>> layer = cumoe.load_layer("Qwen3-30B-A3B", 0)  # doctest: +SKIP
@@ -74,144 +96,46 @@ def load_layer(
     directory = Path(checkpoint_dir)
     if not directory.is_dir():
         raise FileNotFoundError(f"checkpoint_dir must be a directory with config.json, got {str(directory)!r}")
-    spec = layer_spec(_read_json(directory / "config.json"), layer)
-    tensors = _Tensors(directory)
+    config = read_json(directory / "config.json")
+    spec = layer_spec(config, layer)
+    producer = directory / "hf_quant_config.json"
+    quantisation = quantisation_of(config, read_json(producer) if producer.exists() else None)
+    tensors = Tensors(directory)
     module = _find_module(tensors, spec)
 
     H, E = spec.hidden_size, spec.num_experts
-    router_weight = tensors.read(f"{module}.gate.weight", "(E, H)", (E, H))
-    router_bias = None
+    router_weight = tensors.read(f"{module}.{spec.router}.weight", "(E, H)", (E, H))
+    router_bias = logit_bias = None
     if spec.router_bias:
         router_bias = tensors.read(f"{module}.{spec.router_bias}", "(E,)", (E,)).astype(np.float32)
+    if spec.logit_bias:
+        logit_bias = tensors.read(f"{module}.{spec.logit_bias}", "(E,)", (E,)).copy()
     router_weight = router_weight.astype(np.float32 if spec.float32_router else router_weight.dtype)
-    w1, w2 = _routed_experts(tensors, spec, f"{module}.experts")
+    dtype = None  # that of the experts
+    if quantisation is not None:
+        dtype = np.dtype(Fields(config).choice("torch_dtype", "dtype", among=_DTYPES))
     with _arrays.device_scope(device):
-        shared = _shared_expert(xp, tensors, spec, module, w1.dtype) if spec.shared_intermediate_size else None
+        experts, dtype, quant_config = _routed_experts(xp, tensors, spec, f"{module}.experts", quantisation, dtype)
+        shared = None
+        if spec.shared_intermediate_size:
+            shared = _shared_expert(xp, tensors, spec, module, quantisation, dtype)
         return MoELayer(
             name=f"{spec.model_type} layer {spec.layer} of {directory.name or directory}",
             hidden_size=H,
             intermediate_size=spec.intermediate_size,
             num_experts=E,
-            dtype=w1.dtype.name,
+            dtype=dtype.name,
             routing=spec.routing,
             router_weight=xp.asarray(router_weight),
             router_bias=None if router_bias is None else xp.asarray(router_bias),
-            experts=prepare(xp.asarray(w1), xp.asarray(w2), activation=spec.activation),
+            experts=experts,
             shared=shared,
+            logit_bias=None if logit_bias is None else xp.asarray(logit_bias),
+            quant_config=quant_config,
         )
 
 
-class _Tensors:
-    """The tensors of a checkpoint directory; a shard is opened when its first tensor is read."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._open: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
-        if (directory / _INDEX).exists():
-            self._shard_of = _read_index(directory / _INDEX)
-        elif (directory / _SINGLE).exists():
-            self._shard_of = dict.fromkeys(self._shard(_SINGLE)[1], _SINGLE)
-        else:
-            raise FileNotFoundError(f"{directory} must hold {_SINGLE} or {_INDEX}, got neither")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
-
-    def under(self, prefix: str) -> bool:
-        """Whether any tensor's name starts with `prefix`."""
-        return any(name.startswith(prefix) for name in self._shard_of)
-
-    def require(self, names: list[str]) -> None:
-        """Raise unless all of `names` exist."""
-        missing = [name for name in names if name not in self._shard_of]
-        if missing:
-            more = f" and {len(missing) - 1} more of this layer" if len(missing) > 1 else ""
-            raise ValueError(f"{self._directory} must hold tensor {missing[0]!r}{more}, got none of that name")
-
-    def read(self, name: str, letters: str, *shapes: tuple[int, ...], dtype: Any = None) -> np.ndarray:
-        """A read-only view of the file; raise unless shape and dtype are right."""
-        self.require([name])
-        shard = self._shard_of[name]
-        data, header = self._shard(shard)
-        if name not in header:
-            raise ValueError(f"{shard} must hold tensor {name!r} as {_INDEX} says, got a shard without it")
-        entry, label = header[name], f"tensor {name!r}"
-        if entry["dtype"] not in _DTYPES:
-            raise TypeError(f"{label} must be F32, F16 or BF16, got {entry['dtype']}")
-        start, end = entry["data_offsets"]
-        array = data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        if array.shape not in shapes:
-            _check.shape(label, array, letters, shapes[0])
-        if dtype is not None and array.dtype != dtype:
-            raise TypeError(f"{label} must have the dtype of the first expert = {dtype.name}, got {array.dtype.name}")
-        return array
-
-    def _shard(self, shard: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """Data section and header of a shard."""
-        if shard not in self._open:
-            path = self._directory / shard
-            if not path.exists():
-                raise FileNotFoundError(f"{path} must exist, as {_INDEX} says, got no such file; download it again")
-            self._open[shard] = _map_safetensors(path)
-        return self._open[shard]
-
-
-def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a complete safetensors file, got {_damage(path, error)}") from None
-    content = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
-    header.pop("__metadata__", None)
-    return content[start:], header
-
-
-def _damage(path: Path, error: Exception) -> str:
-    """What is wrong with a file that the safetensors library refused, and what to do."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if head == b"version ":
-            return "a Git LFS pointer; run git lfs pull"
-        length = int.from_bytes(head, "little")
-        try:
-            header = json.loads(file.read(length)) if length < size else {}
-            end = 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-            end = 0
-    if size < end:
-        return f"{size} of {end} bytes; download it again"
-    return f"{size} bytes ({error}); download it again"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} must exist, got no such file; checkpoint_dir is not a checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    shard_of = _read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise ValueError(f"{path} must hold an object 'weight_map', got {type(shard_of).__name__}")
-    for shard in shard_of.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{path} must map tensors to file names, got {shard!r}")
-    return shard_of
-
-
-def _find_module(tensors: _Tensors, spec: LayerSpec) -> str:
+def _find_module(tensors: Tensors, spec: LayerSpec) -> str:
     """Name of the MoE module: models saved with their language-model head put "model." in front."""
     layers = [f"{prefix}layers.{spec.layer}" for prefix in ("model.", "")]
     modules = [f"{layer}.{block}" for layer in layers for block in spec.blocks]
@@ -224,46 +148,52 @@ def _find_module(tensors: _Tensors, spec: LayerSpec) -> str:
     raise ValueError(f"the checkpoint must hold tensors '{modules[0]}.experts.*', got none of these names")
 
 
-def _routed_experts(tensors: _Tensors, spec: LayerSpec, experts: str) -> tuple[np.ndarray, np.ndarray]:
-    """(w1, w2), stacked, gate rows first."""
+def _routed_experts(
+    xp: ModuleType, tensors: Tensors, spec: LayerSpec, experts: str, quantisation: Fields | None, dtype: Any
+) -> tuple[PreparedExperts, Any, FusedMoEQuantConfig | None]:
+    """The experts, the dtype of their tokens, and what their codes and biases are."""
     H, I, E = spec.hidden_size, spec.intermediate_size, spec.num_experts
-    fused = f"{experts}.gate_up_proj", f"{experts}.down_proj"
-    if any(name in tensors for name in fused):
-        tensors.require(list(fused))
-        straight, swapped = ((E, 2 * I, H), (E, H, I)), ((E, H, 2 * I), (E, I, H))
-        w1 = tensors.read(fused[0], "(E, 2I, H)", straight[0], swapped[0])
-        w2 = tensors.read(fused[1], "(E, H, I)", straight[1], swapped[1], dtype=w1.dtype)
-        if (w1.shape, w2.shape) == swapped:
-            w1, w2 = w1.transpose(0, 2, 1), w2.transpose(0, 2, 1)
-        for name, array, letters, shape in zip(fused, (w1, w2), ("(E, 2I, H)", "(E, H, I)"), straight, strict=True):
-            _check.shape(f"tensor {name!r}", array, letters, shape)
-        return np.require(w1, requirements="A"), np.require(w2, requirements="A")
-    names = [[f"{experts}.{e}.{projection}.weight" for projection in spec.projections] for e in range(E)]
-    tensors.require([name for expert in names for name in expert])
-    dtype = tensors.read(names[0][0], "(I, H)", (I, H)).dtype
-    w1, w2 = np.empty((E, 2 * I, H), dtype), np.empty((E, H, I), dtype)
-    for e in range(E):
-        _read_expert(tensors, names[e], w1[e], w2[e])
-    return w1, w2
+    fused = FusedSite(tensors, experts, E, H, I, spec.activation, dtype)
+    epilogue = _epilogue(xp, fused, spec) if spec.has_biases else {}
+    if any(f"{experts}.{name}" in tensors for name in ("gate_up_proj", "down_proj")):
+        return fused_experts(xp, fused, epilogue)
+    is_mxfp4 = quantisation is not None and quantisation.get("quant_method") == "mxfp4"
+    if is_mxfp4 and not spec.has_biases:
+        raise NotImplementedError(f"no loader for mxfp4 of model_type {spec.model_type!r}; available: gpt_oss")
+    if spec.has_biases and not is_mxfp4:
+        raise NotImplementedError("no loader for one key an expert of gpt_oss; available: fused keys, mxfp4")
+    if quantisation is not None and is_mxfp4:
+        return gpt_oss_experts(xp, fused, stored_format(quantisation, experts), epilogue)
+    names = [[f"{experts}.{e}.{projection}" for projection in spec.projections] for e in range(E)]
+    site = Site(tensors, names, H, I, spec.activation, dtype)
+    if quantisation is None or site.is_plain():
+        return plain_experts(xp, site)
+    return coded_experts(xp, site, stored_format(quantisation, names[0][0]))
 
 
-def _read_expert(tensors: _Tensors, names: list[str], w1: np.ndarray, w2: np.ndarray) -> None:
-    """Copy one expert into w1 (2I, H) and w2 (H, I)."""
-    H, I = w2.shape
-    gate, up, down = names
-    w1[:I] = tensors.read(gate, "(I, H)", (I, H), dtype=w1.dtype)
-    w1[I:] = tensors.read(up, "(I, H)", (I, H), dtype=w1.dtype)
-    w2[:] = tensors.read(down, "(H, I)", (H, I), dtype=w1.dtype)
+def _epilogue(xp: ModuleType, site: FusedSite, spec: LayerSpec) -> dict[str, Any]:
+    """Biases and what the activation takes, as builders of configs take them."""
+    E, H, I = site.num_experts, site.hidden_size, site.intermediate_size
+    found: dict[str, Any] = {"gemm1_clamp_limit": spec.limit}
+    for name, part, letters, shape in (
+        ("w1_bias", "gate_up_proj_bias", "(E, 2I)", (E, 2 * I)),
+        ("w2_bias", "down_proj_bias", "(E, H)", (E, H)),
+    ):
+        found[name] = xp.asarray(site.tensors.read(f"{site.name}.{part}", letters, shape).copy())
+    return found
 
 
-def _shared_expert(xp: Any, tensors: _Tensors, spec: LayerSpec, module: str, dtype: Any) -> SharedExpert:
+def _shared_expert(
+    xp: ModuleType, tensors: Tensors, spec: LayerSpec, module: str, quantisation: Fields | None, dtype: Any
+) -> SharedExpert:
     H, I = spec.hidden_size, spec.shared_intermediate_size
-    w1, w2 = np.empty((1, 2 * I, H), dtype), np.empty((1, H, I), dtype)
-    names = [f"{module}.{spec.shared_expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
-    tensors.require(names)
-    _read_expert(tensors, names, w1[0], w2[0])
+    names = [f"{module}.{spec.shared_expert}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    site = Site(tensors, [names], H, I, spec.activation, dtype)
+    if quantisation is None or site.is_plain():
+        experts = plain_experts(xp, site)[0]
+    else:
+        experts = coded_experts(xp, site, stored_format(quantisation, names[0]))[0]
     gate_weight = None
     if spec.shared_gate:
         gate_weight = xp.asarray(tensors.read(f"{module}.{spec.shared_gate}.weight", "(1, H)", (1, H)).copy())
-    experts = prepare(xp.asarray(w1), xp.asarray(w2), activation=spec.activation)
     return SharedExpert(experts, I, gate_weight)

@@ -9,6 +9,7 @@ from cumoe import _arrays
 from cumoe._grouped_gemm import grouped_gemm
 from cumoe._grouped_route import grouped_topk
 from cumoe._moe import fused_experts
+from cumoe._quant_desc import dtype_name
 from cumoe._route import fused_topk
 from cumoe._unpermute import moe_sum
 
@@ -54,7 +55,7 @@ class MoELayer:
     hidden_size, intermediate_size, num_experts : int
         H, I and E.
     dtype : str
-        Dtype of the hidden states and of the experts' weights: float32, float16 or bfloat16.
+        Dtype of the hidden states, and of weights that are not quantised: float32, float16 or bfloat16.
     routing : Routing
         How experts are chosen.
     router_weight : (E, H) array, float32, float16 or bfloat16
@@ -65,6 +66,10 @@ class MoELayer:
         Added to the scores for the choice of experts only.
     shared : SharedExpert, optional
         An expert that every token visits.
+    logit_bias : (E,) array, optional
+        Added to the router logits before they are rounded.
+    quant_config : FusedMoEQuantConfig, optional
+        What the codes of the routed experts mean, and their biases; None if they have neither.
 
     Notes
     -----
@@ -83,6 +88,8 @@ class MoELayer:
     experts: Any
     router_bias: Array | None = None
     shared: SharedExpert | None = None
+    logit_bias: Array | None = None
+    quant_config: Any = None
 
     @_arrays.on_callers_stream
     def __call__(self, hidden_states: Array) -> Array:
@@ -158,9 +165,13 @@ class MoELayer:
             choice += ", weights sum to 1"
         if routing.routed_scaling_factor != 1:
             choice += f", times {routing.routed_scaling_factor:g}"
+        numbers = self.dtype
+        if self.quant_config is not None and self.quant_config.weight_quant_dtype is not None:
+            weights, activations = dtype_name(self.quant_config.weight_quant_dtype), self.quant_config.quant_dtype
+            numbers = f"{weights} weights, {dtype_name(activations) or self.dtype} activations"
         lines = [
             self.name,
-            f"  experts  {self.num_experts} of (H, I) = ({self.hidden_size}, {self.intermediate_size}), {self.dtype}",
+            f"  experts  {self.num_experts} of (H, I) = ({self.hidden_size}, {self.intermediate_size}), {numbers}",
             f"  router   {choice}, logits {self.router_weight.dtype.name}",
         ]
         if self.shared is not None:
@@ -190,7 +201,7 @@ class MoELayer:
 
     def _route(self, xp: Any, tokens: Array) -> tuple[Array, Array]:
         routing = self.routing
-        logits = _linear(xp, tokens, self.router_weight)
+        logits = _linear(xp, tokens, self.router_weight, self.logit_bias)
         settings: dict[str, Any] = {
             "renormalize": routing.renormalize,
             "scoring_func": routing.scoring_func,
@@ -221,7 +232,8 @@ def _shared_weights(xp: Any, tokens: Array, gate_weight: Array | None) -> tuple[
     return weights.astype(tokens.dtype).astype(np.float32), ids
 
 
-def _linear(xp: Any, tokens: Array, weight: Array) -> Array:
-    """``tokens @ weight.T`` in the dtype of `weight`; a row's bits do not depend on the other rows."""
+def _linear(xp: Any, tokens: Array, weight: Array, bias: Array | None = None) -> Array:
+    """``tokens @ weight.T + bias`` in the dtype of `weight`; a row's bits do not depend on the other rows."""
     whole = xp.arange(2, dtype=np.int64) * len(tokens)
-    return grouped_gemm(tokens.astype(weight.dtype, copy=False), weight[None], whole)
+    bias = None if bias is None else bias[None]
+    return grouped_gemm(tokens.astype(weight.dtype, copy=False), weight[None], whole, bias=bias)

@@ -15,7 +15,11 @@ NAMES = {
     "bfloat16": "BF16",
     "float64": "F64",
     "int8": "I8",
+    "uint8": "U8",
+    "int32": "I32",
+    "int64": "I64",
     "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
 }
 
 COMMON = {"hidden_size": 48, "num_hidden_layers": 3, "hidden_act": "silu"}

@@ -78,7 +78,9 @@ def test_compressed_tensors_bytes_by_hand_and_back(xp, scheme, shared_by, lead, 
     assert quantized.scale.dtype == np.float32
     each = back(scale).reshape(*lead, 1, 1) if shared_by == "matrix" else back(scale)
     np.testing.assert_array_equal(back(cumoe.dequantize(quantized)), block_numbers(codes, each, *whole))
-    same_bits(write(quantized, scale_dtype=dtype), (weight, scale))
+    written = write(quantized, scale_dtype=dtype)
+    same_bits(written[:2], (weight, scale))
+    assert written[2:] == (None,) * (scheme == "int8")
 
 
 def test_a_scale_of_a_matrix_has_many_shapes(xp):
@@ -297,7 +299,17 @@ NVFP4 = cumoe.from_modelopt_nvfp4(PACKED, BLOCK_SCALE, FACTOR)
         (
             lambda: cumoe.to_compressed_tensors_int8(NVFP4),
             ValueError,
-            "scheme must be int8, got 'nvfp4'",
+            "scheme must be int8 or uint8, got 'nvfp4'",
+        ),
+        (
+            lambda: cumoe.from_compressed_tensors_int8(CODES, ONE, weight_zero_point=np.zeros(4, np.int8)),
+            ValueError,
+            "weight_zero_point must have shape of weight_scale = (4, 1), got (4,)",
+        ),
+        (
+            lambda: cumoe.from_compressed_tensors_int8(CODES, ONE, weight_zero_point=PACKED[:, :1]),
+            TypeError,
+            "weight_zero_point must be int8, got uint8",
         ),
         (
             lambda: cumoe.to_compressed_tensors_fp8(NVFP4, scale_dtype="uint8"),

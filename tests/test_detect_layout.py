@@ -12,8 +12,8 @@ from strategies import make_problem
 
 import cumoe
 from cumoe._experts import make_experts, weight_arrays
+from cumoe._law import rows_law, weight_law
 from cumoe._layout_probe import Probe, _outputs
-from cumoe._verify import _rows_law, _weight_law
 from cumoe._weight_layout import stored_rows
 from cumoe.reference import experts
 
@@ -120,7 +120,7 @@ def law(problem, layer, on_input=False):
     a1, a2 = (None, None) if scheme is None else (scheme.a1, scheme.a2)
     return experts.fused_experts(
         problem.hidden_states,
-        *(_weight_law(own[name], scheme, name, every) for name in ("w1", "w2")),
+        *(weight_law(own[name], scheme, name, every) for name in ("w1", "w2")),
         problem.topk_weights,
         problem.topk_ids,
         activation=problem.activation,
@@ -128,8 +128,8 @@ def law(problem, layer, on_input=False):
         w2_bias=own["w2_bias"],
         apply_router_weight_on_input=on_input,
         expert_map=problem.expert_map,
-        a1=_rows_law(a1, every),
-        a2=_rows_law(a2, every),
+        a1=rows_law(a1, every),
+        a2=rows_law(a2, every),
     )
 
 

@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 
+import cumoe
 from cumoe import _arrays, _dlpack
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -125,6 +126,21 @@ def test_a_public_function_works_on_torchs_stream():
             assert cupy.cuda.get_current_stream().ptr == ours.ptr
             assert bool((out == 100).all()) and bool((back == 100).all())
         assert seen[-2:] == [stream.cuda_stream] * 2
+
+
+def test_tensors_inside_an_argument_count():
+    """Operands and configs of tensors: nothing waits, and results are those of the host."""
+    theirs, ours = torch.cuda.Stream(), cupy.cuda.Stream(non_blocking=True)
+    x = np.random.default_rng(0).standard_normal((4, 64), np.float32)
+    expected = cumoe.dequantize(cumoe.quantize(x, "mxfp4"))
+    with torch.cuda.stream(theirs), ours, pytest.MonkeyPatch.context() as patch:
+        quantized = cumoe.quantize(torch.from_numpy(x).cuda(), "mxfp4")
+        config = cumoe.mxfp4_w4a16_moe_quant_config(quantized.scale, quantized.scale)
+        patch.setattr(torch.cuda, "Event", None)
+        assert bool((cumoe.dequantize(quantized).cpu() == torch.from_numpy(expected)).all())
+        for value in (quantized, config):
+            assert _dlpack.stream_of_first([value]).ptr == theirs.cuda_stream
+        assert cupy.cuda.get_current_stream().ptr == ours.ptr
 
 
 def test_an_error_gives_the_stream_back():

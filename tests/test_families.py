@@ -35,7 +35,7 @@ def test_wrong_arguments(layer, options, kind, message, tmp_path):
     refused(kind, message, cumoe.load_layer, files.write(tmp_path, config, tensors), layer, **options)
 
 
-SUPPORTED = "available: deepseek_v3, mixtral, qwen2_moe, qwen3_moe"
+SUPPORTED = "available: deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe"
 PAGE = "got none; take it from the model's page"
 CONFIGS = [
     ("mixtral", {"model_type": "llama"}, f"no loader for model_type 'llama' in config.json; {SUPPORTED}"),
@@ -57,9 +57,9 @@ CONFIGS = [
     ("mixtral", {"model_type": {}}, "model_type in config.json must be a string, got {}"),
     (
         "mixtral",
-        {"quantization_config": {"quant_method": "fp8"}},
-        "no loader for quantization_config.quant_method = 'fp8' in config.json; "
-        "available: unquantised float32, float16 and bfloat16 checkpoints",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "no loader for quantization_config.quant_method = 'bitsandbytes' in config.json; "
+        "available: 'awq', 'compressed-tensors', 'fp8', 'gptq', 'modelopt', 'mxfp4'",
     ),
     ("qwen3_moe", {"norm_topk_prob": None}, f"config.json must have the field 'norm_topk_prob', {PAGE}"),
     ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob in config.json must be true or false, got 1"),

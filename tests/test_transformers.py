@@ -197,6 +197,25 @@ def test_dense_layers_are_those_of_the_model(case, tmp_path):
             cumoe.load_layer(tmp_path, 0)
 
 
+def test_gpt_oss_equals_the_block(tmp_path):
+    """Biases of router and experts, gates and ups in turn, an activation with limits."""
+    sizes = {"hidden_size": 48, "intermediate_size": 56, "num_local_experts": 6, "num_experts_per_tok": 2}
+    config = transformers.GptOssConfig(**{**COMMON, **sizes})
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    block = made.get_decoder().layers[1].mlp
+    with torch.no_grad():
+        for tensor in block.parameters():
+            tensor.normal_(0, 0.5)
+    made.save_pretrained(tmp_path)
+    layer, x = cumoe.load_layer(tmp_path, 1), torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(7))
+    assert layer.quant_config.w1_bias.shape == (6, 112) and layer.quant_config.gemm1_clamp_limit == 7
+    with torch.no_grad():
+        expected, _ = block(x)
+    error = np.abs(rows(layer(x)) - rows(expected)).max(axis=-1) / np.linalg.norm(rows(expected), axis=-1)
+    assert error.max() <= 1e-5
+
+
 # -- bfloat16 and float16 ---------------------------------------------------------------------------
 
 

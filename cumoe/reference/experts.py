@@ -60,13 +60,13 @@ def fused_experts(
         if a1 is not None and a1.is_batch_wide:
             whole = x if a1.batch is None else np.asarray(a1.batch).astype(np.float64)
             tokens = Bounded(whole, np.zeros_like(whole))
-            batch = quantised.batch_scale(_times(tokens, weights[:, :1], dtype) if on_tokens else tokens, a1)
+            batch = quantised.batch_scale(weighted(tokens, weights[:, :1], dtype) if on_tokens else tokens, a1)
         between = []
         for e, tokens, choices in used:
             weight = weights[tokens, choices][:, None]
             first = Bounded(x[tokens], np.zeros((len(tokens), hidden_size)))
             if on_tokens:
-                first = _times(first, weight, dtype)
+                first = weighted(first, weight, dtype)
             h = product(first, w1, e, a1, batch, w1_bias, operand_unit, dtype)
             if apply_router_weight_on_input == "accumulator":
                 h = scaled(h, weight)
@@ -75,7 +75,7 @@ def fused_experts(
             between.append(Bounded(a.value, rounded(a.value, a.error, dtype)))
         batch = None
         if a2 is not None and a2.is_batch_wide and between:
-            batch = quantised.batch_scale(_joined(between), a2)
+            batch = quantised.batch_scale(joined(between), a2)
         out = np.zeros((num_tokens, hidden_size))
         size, error = np.zeros_like(out), np.zeros_like(out)
         for (e, tokens, choices), a in zip(used, between, strict=True):
@@ -125,13 +125,14 @@ def factored(sums: Bounded, row_factor: Bounded, column_factor: np.ndarray, bias
     return Bounded(value, unknown_is_infinite(error + gamma(3) * most + 3 * FLUSH))
 
 
-def _times(rows: Bounded, weight: np.ndarray, dtype: np.dtype) -> Bounded:
+def weighted(rows: Bounded, weight: np.ndarray, dtype: np.dtype) -> Bounded:
     """Tokens times their router weight, rounded."""
     value = rows.value * weight
     return Bounded(value, rounded(value, SUM_UNIT * np.abs(value), dtype))
 
 
-def _joined(parts: list[Bounded]) -> Bounded:
+def joined(parts: list[Bounded]) -> Bounded:
+    """Rows of all parts, one after the other."""
     return Bounded(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
