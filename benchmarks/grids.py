@@ -20,7 +20,12 @@ from cumoe import _info
 from cumoe.bench import results
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("tests/test_moe_grids.py", "tests/test_route_grids.py", "tests/test_layout_grids.py")
+FILES = (
+    "tests/test_moe_grids.py",
+    "tests/test_quantised_grids.py",
+    "tests/test_route_grids.py",
+    "tests/test_layout_grids.py",
+)
 
 # by name, so that nothing else that is installed beside pytest takes part
 PLUGINS = ("xdist.plugin", "pytest_timeout", "_hypothesis_pytestplugin")
