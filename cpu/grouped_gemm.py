@@ -14,8 +14,9 @@ import numba
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _amx, _intrinsics, _threads, decoded_panel, microkernel, pack
+from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
+from cumoe.cpu._tasks import cut
 from cumoe.cpu.epilogue import epilogue
 
 _MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
@@ -62,8 +63,7 @@ def grouped_gemm(
     The factors are ``row_factor[source(r)] * column_factor[expert of r, row of the weights]``; `row_factor` is (rows
     of x,), `column_factor` (E, N), or (E, 1) for one that all rows of a matrix share.
 
-    Rows outside every expert are neither read nor written. `schedule`, `block_rows`, `ahead` and `expanded` are for
-    the GPU side.
+    Rows outside every expert are neither read nor written. The GPU side needs `schedule` and what lies around it.
     """
     kern = microkernel.choose(dtype, kernel)
     gated = bool(activation) and not activation.endswith("_no_mul")
@@ -78,7 +78,7 @@ def grouped_gemm(
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
     workers = numba.get_num_threads()
-    tasks = _tasks(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
+    tasks = cut(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
     if not len(tasks):
         return
     workers = min(workers, len(tasks))
@@ -110,17 +110,24 @@ def grouped_gemm(
     decoded = np.empty((workers, 1, kern.columns if coded else 0, k), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
     codes = np.empty((workers, task_rows * kern.columns // 2), out.dtype)
-    loop = _loop(kern, dtype, activation, decoded_panel.names(weight_format))
-    loop(problem, tasks, np.zeros(1, np.int64), row_blocks, decoded, panel_blocks, sums, codes)
+    parts = row_blocks, decoded, panel_blocks, sums, codes
+    worker = _worker(kern, dtype, activation, decoded_panel.names(weight_format))
+    address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in parts))
+    _all_workers(address, problem, tasks, np.zeros(1, np.int64), *parts)
     _threads.warn_if_slow()
 
 
-def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
+def expands(num_pairs, num_experts):
+    """Whether codes become numbers once for all tiles: never, panels are decoded in the cache."""
+    return False
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel):
     """Rows of a block in the list that `permute` makes; 0: this side needs no list."""
     return 0
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel, gated):
     """Lines that say which tiles a call uses and why; tasks are cut when the rows are known, so none."""
     return ()
 
@@ -160,8 +167,8 @@ _NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")
 
 
 @functools.cache
-def _loop(kernel, dtype, activation, coded):
-    """The compiled loop over tasks; `coded` is `decoded_panel.names`."""
+def _worker(kernel, dtype, activation, coded):
+    """The compiled loop of one thread over tasks; `coded` is `decoded_panel.names`."""
     multiply = jit(
         tile=kernel.tile,
         max_rows=kernel.max_rows,
@@ -170,14 +177,13 @@ def _loop(kernel, dtype, activation, coded):
         ahead_bytes=kernel.ahead_bytes,
         fetches_next=kernel.fetches_next,
     )(_multiply_panel)
-    worker = jit(
+    return jit(
         multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
         pack_panel=decoded_panel.pack_decoded(kernel, dtype, *coded) if coded else _pack_plain(kernel),
         finish=epilogue(activation, dtype, kernel.columns // 2),
         release=_amx.release if kernel.name == "amx" else _nothing,
     )(_work)
-    return jit(parallel=True, worker=worker)(_all_workers)
 
 
 @functools.cache
@@ -185,32 +191,13 @@ def _pack_plain(kernel):
     return jit(pack_one=pack.pack_panel(kernel))(_pack_plain_panel)
 
 
-@jit()
-def _tasks(offsets, most_rows, panels, wanted):
-    """(expert, first row, rows, first panel, panels) of every task."""
-    experts = offsets.size - 1
-    blocks = 0
-    for e in range(experts):
-        blocks += (offsets[e + 1] - offsets[e] + most_rows - 1) // most_rows
-    group = max(1, min(panels, blocks * panels // wanted))
-    per_block = (panels + group - 1) // group
-    tasks = np.empty((blocks * per_block, 5), np.int64)
-    n = 0
-    for e in range(experts):
-        count = offsets[e + 1] - offsets[e]
-        pieces = (count + most_rows - 1) // most_rows
-        row = offsets[e]
-        for piece in range(pieces):
-            rows = count // pieces + (1 if piece < count % pieces else 0)
-            for panel in range(0, panels, group):
-                tasks[n, 0] = e
-                tasks[n, 1] = row
-                tasks[n, 2] = rows
-                tasks[n, 3] = panel
-                tasks[n, 4] = min(group, panels - panel)
-                n += 1
-            row += rows
-    return tasks
+@jit(parallel=True)
+def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes):
+    """Call the function at address `worker` for each part of the scratch."""
+    for w in prange(row_blocks.shape[0]):
+        at = np.int64(counter.ctypes.data)
+        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w]
+        _indirect.call(worker, (problem, tasks, at, *parts))
 
 
 @jit()
@@ -222,12 +209,7 @@ def _nothing():
 
 max_rows = row_group = k_step = ahead_bytes = 0
 fetches_next = False
-tile = multiply = pack_one = pack_rows = pack_panel = finish = release = worker = None
-
-
-def _all_workers(problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes):
-    for w in prange(row_blocks.shape[0]):
-        worker(problem, tasks, counter.ctypes.data, row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w])
+tile = multiply = pack_one = pack_rows = pack_panel = finish = release = None
 
 
 def _pack_plain_panel(problem, expert, panel, decoded, target):

@@ -8,7 +8,9 @@ nothing else, so that its bits depend on no other row and on no thread count.
 import functools
 
 import numba
+import numpy as np
 
+from cumoe.cpu import _indirect
 from cumoe.cpu._jit import jit
 
 _PARALLEL_ELEMENTS = 1 << 15  # below this, waking the threads costs more than it saves
@@ -18,26 +20,23 @@ def run(loop, num_rows, num_elements, arguments, **constants):
     """Run `loop`, compiled with `constants`, over all rows; `num_elements` says how much work that is."""
     if num_rows == 0:
         return
-    names = tuple(sorted(constants.items()))
+    compiled = _compiled(loop, tuple(sorted(constants.items())))
     if num_elements < _PARALLEL_ELEMENTS:
-        _serial(loop, names)(0, num_rows, arguments)
+        compiled(0, num_rows, arguments)
     else:
         # the number of threads is asked for here: a loop that asks itself cannot be kept on disk
         num_blocks = min(num_rows, 8 * numba.get_num_threads())
-        _parallel(loop, names)(num_rows, num_blocks, arguments)
+        _blocks(_indirect.address(compiled, 0, num_rows, arguments), num_rows, num_blocks, arguments)
 
 
 @functools.cache
-def _serial(loop, names):
-    return jit(**dict(names))(loop)
+def _compiled(loop, constants):
+    return jit(**dict(constants))(loop)
 
 
-@functools.cache
-def _parallel(loop, names):
-    # LOOP already holds the constants; here they only tell the compiled files apart
-    return jit(parallel=True, LOOP=_serial(loop, names), **dict(names))(_blocks)
-
-
-def _blocks(num_rows, num_blocks, arguments):
+@jit(parallel=True)
+def _blocks(loop, num_rows, num_blocks, arguments):
+    """Call the row loop at address `loop` for each block."""
     for b in numba.prange(num_blocks):
-        LOOP(b * num_rows // num_blocks, (b + 1) * num_rows // num_blocks, arguments)  # noqa: F821
+        first, last = np.int64(b * num_rows // num_blocks), np.int64((b + 1) * num_rows // num_blocks)
+        _indirect.call(loop, (first, last, arguments))

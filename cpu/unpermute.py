@@ -9,19 +9,18 @@ token's own rows only. A row below 0 is skipped and never read.
 
 import functools
 
-import numba
 import numpy as np
 
 from cumoe.cpu import bits
+from cumoe.cpu import rows as row_loop
 from cumoe.cpu._jit import jit
 
 _TILE = 512  # float32 sums of one tile of columns stay in the first-level cache
-_PARALLEL_ELEMENTS = 1 << 16  # below this, waking the threads costs more than it saves
 
 # constants of the templates below; jit(...) sets them
 LOAD, STORE = bits.CODECS["float32"]
 WEIGHTED = True
-ADD_ROW = STORE_ROW = COMBINE = None
+ADD_ROW = STORE_ROW = None
 
 
 def unpermute(y, topk_weights, inv_permuted_idx, out, dtype, expert_first_token_offset=None):
@@ -88,28 +87,19 @@ def _run(flat, row_stride, column_stride, num_rows, weights, rows, out, dtype, k
     if not weighted:
         weights = np.empty((0, 0), np.float32)
     arrays = flat, row_stride, column_stride, num_rows, weights, rows, out, keep
-    if rows.size * out.shape[1] < _PARALLEL_ELEMENTS:
-        _loop(dtype, weighted, False)(*arrays, 0, out.shape[0])
-    else:
-        _loop(dtype, weighted, True)(*arrays, min(out.shape[0], 8 * numba.get_num_threads()))
+    inner = _inner_loops(dtype, weighted)
+    row_loop.run(_combine, len(out), rows.size * out.shape[1], arrays, WEIGHTED=weighted, **inner)
 
 
 @functools.cache
-def _loop(dtype, weighted, parallel):
+def _inner_loops(dtype, weighted):
     load, store = bits.CODECS[dtype]
     add_row, store_row = jit(LOAD=load, WEIGHTED=weighted)(_add_row), jit(STORE=store)(_store_row)
-    loop = jit(ADD_ROW=add_row, STORE_ROW=store_row, WEIGHTED=weighted)(_combine)
-    return jit(parallel=True, COMBINE=loop)(_combine_blocks) if parallel else loop
+    return {"ADD_ROW": add_row, "STORE_ROW": store_row}
 
 
-def _combine_blocks(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, num_blocks):
-    num_tokens = out.shape[0]
-    for b in numba.prange(num_blocks):
-        first, last = b * num_tokens // num_blocks, (b + 1) * num_tokens // num_blocks
-        COMBINE(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, first, last)
-
-
-def _combine(flat, row_stride, column_stride, num_rows, weights, rows, out, keep, first, last):
+def _combine(first, last, arguments):
+    flat, row_stride, column_stride, num_rows, weights, rows, out, keep = arguments
     num_columns = out.shape[1]
     sums = np.empty(_TILE, np.float32)
     for t in range(first, last):

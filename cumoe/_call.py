@@ -191,9 +191,11 @@ def enter_call(
 def _sizes(top_k: int, experts: Experts) -> _plan.Sizes:
     """What the scratch depends on."""
     e, scheme = experts, experts.scheme
-    decodes = 0 if scheme is None else e.num_experts * (1 + e.is_gated) * e.intermediate_size * e.hidden_size
-    rows = (None, None) if scheme is None else (scheme.a1, scheme.a2)
-    return _plan.Sizes(top_k, e.num_experts, e.hidden_size, e.intermediate_size, e.dtype, *rows, decodes)
+    sizes = _plan.Sizes(top_k, e.num_experts, e.hidden_size, e.intermediate_size, e.dtype)
+    if scheme is None:
+        return sizes
+    largest = e.num_experts * (1 + e.is_gated) * e.intermediate_size * e.hidden_size
+    return sizes._replace(a1=scheme.a1, a2=scheme.a2, code_bits=scheme.code_bits, largest=largest)
 
 
 def _kernel(

@@ -70,7 +70,7 @@ def make_experts(
     else:
         hidden_size, intermediate_size = check_weights(w1, w2, activation, hidden_states)
         dtype, bits = w1.dtype.name, (_weight_bits(w1), _weight_bits(w2))
-    aligned = xp is np or scheme is not None or rows_are_aligned(*bits)
+    aligned = xp is np or rows_are_aligned(*bits)
     num_experts, rows, letters = len(w1), w1.shape[1], "(E, 2I)" if is_gated(activation) else "(E, I)"
     experts = Experts(
         *bits,

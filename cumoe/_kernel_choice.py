@@ -38,17 +38,28 @@ def choose_kernel(
 
 
 def refusals(
-    xp: ModuleType, kernel: str, backend: str | None, dtype: str, hidden_size: int, intermediate_size: int
+    xp: ModuleType,
+    kernel: str,
+    backend: str | None,
+    dtype: str,
+    hidden_size: int,
+    intermediate_size: int,
+    aligned: bool = True,
 ) -> tuple[str, ...]:
     """Say of each other kernel that could be expected why `kernel` is taken instead."""
     pack = _arrays.room(xp, "pack")
-    needs = dtype, hidden_size, intermediate_size, True, False
+    needs = dtype, hidden_size, intermediate_size, aligned, False
     reasons = [reason for reason in pack.refused_kernels(*needs) if not reason.startswith(f"{kernel}:")]
     if backend is not None:
         names = pack.kernel_names()
         before = (name for name in names[: names.index(kernel)] if pack.refusal(name, *needs) is None)
         reasons += [f"{name}: can run, {backend} was asked for" for name in before]
     return tuple(reasons)
+
+
+def codes_are_aligned(code_bits: int, *sizes: int) -> bool:
+    """Whether rows of so many codes begin at multiples of 16 bytes in an array that does."""
+    return all(size * code_bits % 128 == 0 for size in sizes)
 
 
 def rows_are_aligned(*arrays: _arrays.Array) -> bool:

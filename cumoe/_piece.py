@@ -23,7 +23,7 @@ class Scratch(NamedTuple):
     rows: Any  # (T*k, H)
     tokens: _quantised_rows.Space | None  # of the tokens, if they are quantised
     between: _quantised_rows.Space | None  # of `activated`, in place
-    expanded: Any  # weights of one product, decoded, in a line; (0,) where nothing is to decode, or on the way
+    expanded: Any  # what the codes of one weight stand for, in a line; (0,) where that is found tile by tile
 
 
 class Piece(NamedTuple):
@@ -129,7 +129,7 @@ class Piece(NamedTuple):
             e.kernel,
             s.schedule,
             self.block_rows,
-            s.between is None and weight is None,
+            s.between is None,
             _first_elements(s.expanded, (e.num_experts, e.hidden_size, e.intermediate_size)),
             s.rows,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from cumoe import _arrays, _check, _layer_scheme, _quantised_rows
 from cumoe._act import is_gated
-from cumoe._kernel_choice import choose_kernel, refusals
+from cumoe._kernel_choice import choose_kernel, codes_are_aligned, refusals
 from cumoe._layer_scheme import Rows
 from cumoe._quant_desc import dtype_name
 from cumoe._workspace import ALIGNMENT, rounded
@@ -29,12 +29,13 @@ class Sizes(NamedTuple):
     dtype: str
     a1: Rows | None = None  # of which the numbers are not looked at
     a2: Rows | None = None
-    decodes: int = 0  # elements of the weights of one product that are decoded on the GPU
+    code_bits: int = 0  # of a quantised weight
+    largest: int = 0  # elements of the larger of the quantised weights
 
-    @property
-    def layer(self) -> tuple[int, int, int, str]:
-        """What the rooms ask for: E, H, I and the dtype."""
-        return self.num_experts, self.hidden_size, self.intermediate_size, self.dtype
+    def layer(self, expanded: int) -> tuple[int, int, int, str, int]:
+        """What the rooms ask for: E, H, I, the dtype, and bits of a code, 0 where it is decoded before."""
+        bits = 0 if expanded else self.code_bits
+        return self.num_experts, self.hidden_size, self.intermediate_size, self.dtype, bits
 
 
 class Shares(NamedTuple):
@@ -64,10 +65,12 @@ def share_out(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes, worksp
 
 def _shares(xp: ModuleType, kernel: str, num_tokens: int, sizes: Sizes) -> Shares:
     pairs = num_tokens * sizes.top_k
-    block_rows = _arrays.room(xp, "grouped_gemm").block_rows(pairs, *sizes.layer, kernel)
+    room = _arrays.room(xp, "grouped_gemm")
+    expanded = sizes.largest if sizes.largest and room.expands(pairs, sizes.num_experts) else 0
+    block_rows = room.block_rows(pairs, *sizes.layer(expanded), kernel)
     least = min(block_rows, _LEAST_BLOCK_ROWS)
     schedule_size = _arrays.room(xp, "permute").schedule_size(pairs, sizes.num_experts, least)
-    return Shares(num_tokens, block_rows, schedule_size, 0 if xp is np else sizes.decodes)
+    return Shares(num_tokens, block_rows, schedule_size, expanded)
 
 
 def scratch_bytes(sizes: Sizes, shares: Shares) -> int:
@@ -79,9 +82,9 @@ def scratch_bytes(sizes: Sizes, shares: Shares) -> int:
         4 * pairs,
         4 * pairs,
         4 * shares.schedule_size,
+        shares.expanded * item,
         pairs * sizes.intermediate_size * item,
         pairs * sizes.hidden_size * item,
-        shares.expanded * item,
     ]
 
     def count(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -257,19 +260,22 @@ def plan(
     sizes = Sizes(top_k, num_experts, hidden_size, intermediate_size, dtype)
     weight_bits, formats = 8.0 * itemsize, ""
     if _layer_scheme.is_quantised(quant_config):
-        largest = num_experts * (matrices - 1) * intermediate_size * hidden_size
         rows = (_layer_scheme.planned_rows(i, getattr(quant_config, f"_a{i}")) for i in (1, 2))
-        sizes = sizes._replace(a1=next(rows), a2=next(rows), decodes=largest)
+        largest = num_experts * (matrices - 1) * intermediate_size * hidden_size
+        bits_of_code = _layer_scheme.code_bits(quant_config._w1)
+        sizes = sizes._replace(a1=next(rows), a2=next(rows), code_bits=bits_of_code, largest=largest)
         bits = [_layer_scheme.bits_of_weight(desc) for desc in (quant_config._w1, quant_config._w2)]
         weight_bits = ((matrices - 1) * bits[0] + bits[1]) / matrices
-        formats = _formats_of(quant_config, sizes, device)
     with _arrays.device_scope(device):
-        kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size)
-        refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size)
+        aligned = codes_are_aligned(sizes.code_bits, hidden_size, intermediate_size)
+        kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size, aligned)
+        refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size, aligned)
         shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
         tiles = _arrays.room(xp, "grouped_gemm").explain(
-            shares.tokens_per_piece * top_k, *sizes.layer, kernel, matrices == 3
+            shares.tokens_per_piece * top_k, *sizes.layer(shares.expanded), kernel, matrices == 3
         )
+    if sizes.code_bits:
+        formats = _formats_of(quant_config, sizes, device, shares.expanded)
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
         num_tokens,
@@ -293,10 +299,12 @@ def plan(
     )
 
 
-def _formats_of(quant_config: Any, sizes: Sizes, device: str) -> str:
+def _formats_of(quant_config: Any, sizes: Sizes, device: str, expanded: int) -> str:
     """How quantised operands are multiplied."""
     weights = dtype_name(quant_config._w1.dtype)
-    where = "panel by panel, in the cache" if device == "cpu" else "into scratch, the experts that have rows only"
+    where = "panel by panel, in the cache" if device == "cpu" else "tile by tile, in shared memory"
+    if expanded:
+        where = "once for all tiles, in scratch"
     if sizes.a1 is None:
         rows = "activations as they are"
     else:

@@ -15,6 +15,6 @@ class WeightFormat(NamedTuple):
     scale: Any  # (E, Nb, Kb) bits
     scale_dtype: str  # what they mean; "uint8" where the rule reads codes
     zero_points: Any  # (E, Nb, Kb) uint8, or None: the middle of the range
-    global_scale: Any  # (E,) float32 that block scales are divided by: ones
+    global_scale: Any  # (E,) float32, what `formats.decode` takes: ones
     group_rows: int
     group_cols: int

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cumoe.rawkernels import _load, _tensor_maps
+from cumoe.rawkernels import _coded_weights, _load, _tensor_maps
 
 _BLOCK_K = _tensor_maps.BLOCK_K
 _CTA_BYTES = 227 << 10  # shared memory of one CTA
@@ -15,6 +15,8 @@ _FEW_ROWS = 32  # of a tile, up to which several CTAs share a multiprocessor
 _SMALL_MATRIX = 1 << 22  # weights of an expert's second product: up to here the deeper ring of a smaller tile pays
 _MOST_GATHERED = 2**32 * 8  # elements of the rows that are gathered, counted by eights in 32 bits
 _KEPT_BYTES = 20 << 20  # of the rows that are gathered, which L2 keeps although weights stream by
+_MOST_CODED = 160  # rows of a tile: sums that leave registers for a warpgroup that decodes
+_CODED_STAGES = 3  # of numbers; codes have the memory that is left
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
 
@@ -35,6 +37,10 @@ class Tile(NamedTuple):
     def stage_bytes(self):
         """One buffer of the ring, with its two barriers."""
         return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
+
+    def code_bytes(self, rule):
+        """One buffer of codes, with its two barriers."""
+        return self.weights * _BLOCK_K * _coded_weights.BITS[rule] // 8 + 16 if rule else 0
 
     def fixed_bytes(self, gated, gathered, scaled, factored):
         """Shared memory beside the ring: results on their way out, what is announced of two units."""
@@ -61,18 +67,24 @@ def mean_rows(num_pairs, num_experts):
     return num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts)) if num_pairs else 0.0
 
 
-def block_rows(num_pairs, num_experts, hidden_size, intermediate_size):
+def coded_heights():
+    """Rows of the tiles that weights which are codes may have."""
+    return [rows for rows in _TILES if rows <= _MOST_CODED]
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded):
     """Rows of a tile: the least that covers nearly every expert, or nearly every half; else one of the largest."""
+    tiles = coded_heights() if coded else list(_TILES)
     mean = mean_rows(num_pairs, num_experts)
     most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
     if most <= _FEW_ROWS:
-        return next((rows for rows in _TILES if rows >= most), _FEW_ROWS)
+        return next((rows for rows in tiles if rows >= most), _FEW_ROWS)
     most = mean + 2 * math.sqrt(mean)
     for parts in (1, 2):
-        for rows in _TILES:
+        for rows in tiles:
             if _FEW_ROWS < rows and most <= rows * parts:
                 return rows
-    return 176 if hidden_size * intermediate_size <= _SMALL_MATRIX else max(_TILES)
+    return tiles[-2 if hidden_size * intermediate_size <= _SMALL_MATRIX and not coded else -1]
 
 
 def launch(
@@ -81,6 +93,7 @@ def launch(
     top_k,
     input_scale,
     weights,
+    weight_format,
     bias,
     output_scale,
     row_factor,
@@ -102,7 +115,7 @@ def launch(
 
     With `ahead`, the schedule is older than the kernel that runs before this one: weights are loaded meanwhile.
     """
-    (num_experts, n, k), (rows, outputs) = weights.shape, out.shape
+    (num_experts, n, _), (rows, outputs), k = weights.shape, out.shape, x.shape[1]
     if rows == 0:
         return
     tile = _TILES[block_rows]
@@ -110,9 +123,12 @@ def launch(
     factored = row_factor.size + column_factor.size > 0
     if gathered and x.size > _MOST_GATHERED:
         raise NotImplementedError(f"no kernel for tokens of {x.size} elements; wgmma: at most {_MOST_GATHERED}")
-    constants = _constants(tile, dtype, activation, gathered, bias.size > 0, scaled, limited, factored)
+    rule, group_cols = _coded_weights.of_format(weight_format, k)
+    of_codes = _coded_weights.constants(rule, group_cols)
+    constants = _constants(tile, dtype, activation, gathered, bias.size > 0, scaled, limited, factored, of_codes)
     gated = bool(constants["GATED"])
     fixed_bytes = tile.fixed_bytes(gated, gathered, scaled, factored)
+    beside, groups = _coded_weights.arguments(weight_format, n, k)
 
     blocks = -(-n // tile.weights)
     full = min(rows, num_experts)  # experts that may have a tile, and the tiles beyond the first of each
@@ -121,25 +137,30 @@ def launch(
     grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
     ctas = min(tile.ctas, -(-grid // processors))
     ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - fixed_bytes
-    stages = ring_bytes // tile.stage_bytes
-    if grid == units:  # no further unit will fill the ring
-        stages = min(stages, max(2, -(-k // _BLOCK_K)))
+    most_stages = max(2, -(-k // _BLOCK_K)) if grid == units else ring_bytes  # no further unit will fill the ring
+    stages, code_stages = min(ring_bytes // tile.stage_bytes, most_stages), 0
+    code_bytes = tile.code_bytes(rule)
+    if rule:
+        stages = min(stages, _CODED_STAGES)
+        code_stages = min((ring_bytes - stages * tile.stage_bytes) // code_bytes, most_stages)
     together = min(_MOST_TOGETHER, max(1, math.ceil(mean_rows(rows, num_experts) / tile.tokens)))
     _load.kernel("grouped_gemm_wgmma.cu", "grouped_gemm", **constants)(
         grid,
-        128 + 128 * tile.groups,
+        128 * (1 + bool(rule) + tile.groups),
         _tensor_maps.rows_map(x.data.ptr, *x.shape, tile.tokens),
         _tensor_maps.weights_map(
-            weights.data.ptr, weights.shape, weights.strides[:2], gated, interleaved, tile.weights
+            weights.data.ptr, weights.shape, weights.strides[:2], gated, interleaved, tile.weights, rule
         ),
         schedule,
         permuted_idx if permuted_idx.size else None,
         x,
+        *beside,
         bias if bias.size else None,
         output_scale if scaled else None,
         row_factor if row_factor.size else None,
         column_factor if column_factor.size else None,
         out,
+        *groups,
         blocks,
         k,
         outputs,
@@ -147,22 +168,29 @@ def launch(
         column_factor.shape[-1],
         top_k,
         stages,
+        code_stages,
         together,
         int(ahead),
         np.float32(min(1.0, _KEPT_BYTES / (2 * x.size))),
         np.float32(alpha),
         np.float32(beta),
         np.float32(limit),
-        shared=fixed_bytes + stages * tile.stage_bytes,
+        shared=fixed_bytes + stages * tile.stage_bytes + code_stages * code_bytes,
         overlap=True,
     )
 
 
-def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, limited=False, factored=False):
-    """Macros of the kernel."""
-    small = tile.ctas > 1  # these have registers enough without moving them
-    producer, consumer = (0, 0) if small else (56, 224) if gathered else (40, 232)
-    return {
+def _constants(
+    tile, dtype, activation, gathered, biased=False, scaled=False, limited=False, factored=False, of_codes=None
+):
+    """Macros of the kernel; `of_codes` are those of coded_weights.cuh."""
+    of_codes = of_codes or _coded_weights.constants("", 0)
+    registers = (56, 0, 224) if gathered else (40, 0, 232)
+    if of_codes["CODED"]:
+        registers = (48, 80, 192) if gathered else (40, 88, 192)
+    if tile.ctas > 1:  # these have registers enough without moving them
+        registers = 0, 0, 0
+    return of_codes | {
         "X": dtype,
         "WGMMA_TYPE": '"bf16"' if dtype == "bfloat16" else '"f16"',
         "ACTIVATED": int(bool(activation)),
@@ -177,14 +205,15 @@ def _constants(tile, dtype, activation, gathered, biased=False, scaled=False, li
         "COLUMNS": tile.tokens,
         "GROUPS": tile.groups,
         "MIN_CTAS": tile.ctas,
-        "PRODUCER_REGISTERS": producer,
-        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": registers[0],
+        "DECODER_REGISTERS": registers[1],
+        "CONSUMER_REGISTERS": registers[2],
     }
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, coded):
     """Lines that say which tile a call uses and why."""
-    tile = _TILES[block_rows(num_pairs, num_experts, hidden_size, intermediate_size)]
+    tile = _TILES[block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded)]
     mean = mean_rows(num_pairs, num_experts)
     where = (
         f"{tile.ctas} blocks a multiprocessor"
@@ -205,7 +234,9 @@ def variants(arch):
         for tile in _TILES.values():
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "silu", True)
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "", False, scaled=True)
-            first = _constants(tile, dtype, "silu", True, factored=True)
-            second = _constants(tile, dtype, "", False, scaled=True, factored=True)
-            for constants in (first, second, first | {"BIASED": 1}, second | {"BIASED": 1}):
-                yield "grouped_gemm_wgmma.cu", "grouped_gemm", constants
+            for rule in _coded_weights.BITS if tile.tokens <= _MOST_CODED else ():
+                of_codes = _coded_weights.constants(rule, 32)
+                first = _constants(tile, dtype, "silu", True, factored=True, of_codes=of_codes)
+                second = _constants(tile, dtype, "", False, scaled=True, factored=True, of_codes=of_codes)
+                for constants in (first, second, *([first | {"BIASED": 1}] if rule == "mxfp4" else [])):
+                    yield "grouped_gemm_wgmma.cu", "grouped_gemm", constants

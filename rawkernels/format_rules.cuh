@@ -236,6 +236,7 @@ struct nvfp4 {
 // ---- number of a code ----
 
 struct ScaleItself {
+    using Scale = float;
     static __device__ __forceinline__ float prepare(float s, float global_scale) { return s; }
 };
 
@@ -271,6 +272,7 @@ using uint8 = Unsigned<8>;
 
 template <bool FP4>
 struct Mx {
+    using Scale = unsigned char;
     static constexpr bool PACKED = FP4;
     static constexpr int ZERO = 0;
     static __device__ __forceinline__ float prepare(uint32 code, float global_scale) { return from_e8m0(code); }
@@ -283,6 +285,7 @@ using mxfp4 = Mx<true>;
 using mxfp8 = Mx<false>;
 
 struct nvfp4 {
+    using Scale = unsigned char;
     static constexpr bool PACKED = true;
     static constexpr int ZERO = 0;
     static __device__ __forceinline__ float prepare(uint32 code, float global_scale)

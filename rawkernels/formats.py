@@ -12,7 +12,6 @@ _WARP = 32
 _WIDEST_BYTES = 16  # of one load or store
 _MOST_WIDTH = 16  # elements that a thread encodes or decodes
 _BLOCKS_A_MULTIPROCESSOR = 8  # 2048 threads, as many as there is room for
-_RESIDENT = 4  # blocks of decode_experts on a multiprocessor
 _KEPT = 4  # pieces of a row that a thread holds in registers, as in format_rows.cu
 _PIECES_A_THREAD = 4  # at least, where several blocks share a group
 _MOST_PARTS = 32_768  # blocks along that axis of the grid, a power of two
@@ -144,43 +143,6 @@ def decode(codes, scale, scale_dtype, zero_points, global_scale, group_rows, gro
     _launch(_load.kernel("format_decode.cu", "decode", **constants), arrays, out.size // width, groups.arguments(width))
 
 
-def decode_experts(
-    codes,
-    scale,
-    scale_dtype,
-    zero_points,
-    global_scale,
-    group_rows,
-    group_cols,
-    rule,
-    expert_first_token_offset,
-    dtype,
-    out,
-):
-    """`decode` of those matrices only whose expert has rows; the others of ``out`` are left alone."""
-    num_experts = len(out)
-    if out.size == 0:
-        return
-    groups = _groups((1, *out.shape[1:]), group_rows, group_cols)
-    width = _width(groups, _MOST_WIDTH)
-    constants = _of_codes(dtype, scale_dtype, rule, width, _aligned(codes, out))
-    blocks = -(-out.size // (width * _BLOCK)), _load.multiprocessors(out.device.id) * _RESIDENT
-    _load.kernel("format_decode.cu", "decode_experts", **constants)(
-        min(blocks),
-        _BLOCK,
-        codes,
-        scale,
-        zero_points,
-        global_scale,
-        expert_first_token_offset,
-        out,
-        num_experts,
-        out.size // (num_experts * width),
-        *groups.arguments(width),
-        overlap=True,
-    )
-
-
 def variants(arch):
     """Every rule for rows and groups that allow wide loads, and one of each kernel that does not."""
     for dtype, itemsize in _ITEMSIZE.items():
@@ -192,7 +154,7 @@ def variants(arch):
         for rule in ("fp8", "fp8_static", "int8_even", "int8_away", "int8_truncate"):
             yield "format_encode.cu", "encode", _of_codes(dtype, "float32", rule, _MOST_WIDTH)
         for rule in ("fp8", "int8"):
-            yield from _decoders(_of_codes(dtype, "float32", rule, _MOST_WIDTH))
+            yield "format_decode.cu", "decode", _of_codes(dtype, "float32", rule, _MOST_WIDTH)
         for rule, scale in (
             ("int4", dtype),
             ("uint8", dtype),
@@ -201,7 +163,7 @@ def variants(arch):
             ("nvfp4", "uint8"),
         ):
             yield "format_encode.cu", "encode", _of_codes(dtype, scale, rule, _MOST_WIDTH)
-            yield from _decoders(_of_codes(dtype, scale, rule, _MOST_WIDTH))
+            yield "format_decode.cu", "decode", _of_codes(dtype, scale, rule, _MOST_WIDTH)
         for *rules, elements in _ROWS:
             width = _WIDEST_BYTES // itemsize
             yield "format_rows.cu", "quantise_rows", _of_rows(dtype, *rules, width, _row_team(-(-elements // width)))
@@ -213,12 +175,7 @@ def variants(arch):
     yield "format_rows.cu", "quantise_rows", _of_rows("bfloat16", "fp8", "fp8", "fp8", False, 1, _BLOCK, 2)
     for constants in (_of_codes("float16", "float32", "fp8", 1), _of_codes("float16", "uint8", "mxfp4", 2, 2)):
         yield "format_encode.cu", "encode", constants
-        yield from _decoders(constants)
-
-
-def _decoders(constants):
-    yield "format_decode.cu", "decode", constants
-    yield "format_decode.cu", "decode_experts", constants
+        yield "format_decode.cu", "decode", constants
 
 
 def _launch(kernel, arrays, pieces, groups):

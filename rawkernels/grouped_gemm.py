@@ -5,6 +5,7 @@ from cumoe.rawkernels import _grouped_gemm_wgmma as wgmma
 from cumoe.rawkernels import formats
 
 _MOST_ROWS = 2**31 - 1  # rows are int32 in a schedule
+_FEW_ROWS = 600  # of an expert, up to which decoding for each tile costs less than numbers that go through memory
 
 
 def grouped_gemm(
@@ -38,16 +39,16 @@ def grouped_gemm(
     The twin of the CPU's, with tiles of the schedule in place of offsets. With `ahead` the schedule and `permuted_idx`
     are read while the kernel before this one still runs: that must not be the one that writes them.
 
-    With a `weight_format`, whose arrays and `weights` are C-contiguous, the weights of those experts that have rows
-    become numbers in `expanded`, (E, N, K) bits of `dtype`, and are multiplied from there.
+    With a `weight_format`, whose arrays and `weights` are C-contiguous, codes become numbers in shared memory,
+    tile by tile, or where `expanded` (E, N, K) is not empty once for all tiles, in there.
     """
     if len(out) > _MOST_ROWS:
         raise NotImplementedError(f"no kernel for {len(out)} rows in one product; at most {_MOST_ROWS}")
-    if weight_format is not None and len(out):
+    if expanded.size:
         f = weight_format
         how = f.scale, f.scale_dtype, f.zero_points, f.global_scale, f.group_rows, f.group_cols, f.rule
-        formats.decode_experts(weights, *how, expert_first_token_offset, dtype, expanded)
-        weights, ahead = expanded, False  # the kernel before the product writes them
+        formats.decode(weights, *how, dtype, expanded)
+        weights, weight_format, ahead = expanded, None, False  # the kernel before the product writes them
     launch = wgmma.launch if kernel == "wgmma" else mma.launch
     launch(
         x,
@@ -55,6 +56,7 @@ def grouped_gemm(
         top_k,
         input_scale,
         weights,
+        weight_format,
         bias,
         output_scale,
         row_factor,
@@ -73,18 +75,23 @@ def grouped_gemm(
     )
 
 
-def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel):
-    """Rows of a tile of the schedule for both products of a call."""
+def expands(num_pairs, num_experts):
+    """Whether codes become numbers once for all tiles: where so many share them that it is less work."""
+    return wgmma.mean_rows(num_pairs, num_experts) > _FEW_ROWS
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel):
+    """Rows of a tile of the schedule for both products of a call; `code_bits` of a code, 0 for numbers."""
     if kernel == "wgmma":
-        return wgmma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size)
+        return wgmma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size, code_bits > 0)
     return mma.block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel, gated):
     """Lines that say which tiles a call uses and why."""
     if kernel == "wgmma":
-        return wgmma.explain(num_pairs, num_experts, hidden_size, intermediate_size)
-    return mma.explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel, gated)
+        return wgmma.explain(num_pairs, num_experts, hidden_size, intermediate_size, code_bits > 0)
+    return mma.explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel, gated)
 
 
 def variants(arch):

@@ -30,9 +30,17 @@
 #define GATED 1
 #define SCALED 0
 #define FACTORED 0
+#define CODED 0
+#define RULE fp8
+#define ALIKE 16
 #define ACTIVATION silu
 #endif
 
+#include "vectors.cuh"
+#include "small_floats.cuh"
+#include "format_rules.cuh"
+#include "spread_codes.cuh"
+#include "coded_weights.cuh"
 #include "grouped_gemm_tile.cuh"
 
 constexpr int ROWS = BLOCK_ROWS / WARPS_M / 8, COLUMNS = BLOCK_COLUMNS / WARPS_N / 4; // of a lane
@@ -57,13 +65,13 @@ struct Warp {
 #pragma unroll
             for (int i = 0; i < ROWS; ++i) factor[i] = scale_at(p, p.input_scale, tile, row + lane_m + i * 8);
     }
-    __device__ __forceinline__ void begin(uint32 stage) {}
-    __device__ __forceinline__ void end(Sums& sums, uint32 next_stage) {}
+    __device__ __forceinline__ void begin(uint32 rows, uint32 weights) {}
+    __device__ __forceinline__ void end(Sums& sums, uint32 rows, uint32 weights) {}
     // Four of K at a time: rows of a tile run along K.
-    __device__ __forceinline__ void multiply(Sums& sums, uint32 stage)
+    __device__ __forceinline__ void multiply(Sums& sums, uint32 rows, uint32 weights)
     {
-        const uint32 a_at = stage + (row + lane_m) * TILE_PITCH;
-        const uint32 b_at = stage + WEIGHTS_AT + (column + lane_n) * TILE_PITCH;
+        const uint32 a_at = rows + (row + lane_m) * TILE_PITCH;
+        const uint32 b_at = weights + (column + lane_n) * TILE_PITCH;
 #pragma unroll 2
         for (int chunk = 0; chunk < 8; ++chunk) {
             float4 a[ROWS];

@@ -32,9 +32,17 @@
 #define GATED 1
 #define SCALED 0
 #define FACTORED 0
+#define CODED 0
+#define RULE fp8
+#define ALIKE 16
 #define ACTIVATION silu
 #endif
 
+#include "vectors.cuh"
+#include "small_floats.cuh"
+#include "format_rules.cuh"
+#include "spread_codes.cuh"
+#include "coded_weights.cuh"
 #include "grouped_gemm_tile.cuh"
 
 constexpr int M_STEPS = BLOCK_ROWS / WARPS_M / 16, N_STEPS = BLOCK_COLUMNS / WARPS_N / 8; // products of a warp
@@ -62,39 +70,39 @@ struct Warp {
         column = warp / WARPS_M * N_STEPS * 8;
         a_at = (row + lane % 16) * TILE_PITCH;
         a_turn = (lane / 16 ^ lane % 8) << 4;
-        b_at = WEIGHTS_AT + (column + lane / 16 * 8 + lane % 8) * TILE_PITCH;
+        b_at = (column + lane / 16 * 8 + lane % 8) * TILE_PITCH;
         b_turn = (lane / 8 % 2 ^ lane % 8) << 4;
         if (SCALED)
 #pragma unroll
             for (int i = 0; i < M_STEPS * 2; ++i)
                 factor[i / 2][i % 2] = scale_at(p, p.input_scale, tile, row + i * 8 + lane / 4);
     }
-    __device__ __forceinline__ void begin(uint32 stage) { load(0, stage, 0); }
+    __device__ __forceinline__ void begin(uint32 rows, uint32 weights) { load(0, rows, weights, 0); }
     // All steps of a stage but the last, whose fragments end up loaded: the stage may be filled anew.
-    __device__ __forceinline__ void multiply(Sums& sums, uint32 stage)
+    __device__ __forceinline__ void multiply(Sums& sums, uint32 rows, uint32 weights)
     {
 #pragma unroll
         for (int step = 0; step < K_STEPS - 1; ++step) {
-            load((step + 1) % 2, stage, step + 1);
+            load((step + 1) % 2, rows, weights, step + 1);
             multiply_step(sums, step % 2);
         }
     }
-    __device__ __forceinline__ void end(Sums& sums, uint32 next_stage)
+    __device__ __forceinline__ void end(Sums& sums, uint32 rows, uint32 weights)
     {
-        load(0, next_stage, 0);
+        load(0, rows, weights, 0);
         multiply_step(sums, (K_STEPS - 1) % 2);
     }
-    __device__ __forceinline__ void load(int which, uint32 stage, int step)
+    __device__ __forceinline__ void load(int which, uint32 rows, uint32 weights, int step)
     {
         Fragments& to = f[which];
 #pragma unroll
         for (int m = 0; m < M_STEPS; ++m)
             load_matrices(to.a[m][0], to.a[m][1], to.a[m][2], to.a[m][3],
-                          stage + a_at + (a_turn ^ step << 5) + m * 16 * TILE_PITCH);
+                          rows + a_at + (a_turn ^ step << 5) + m * 16 * TILE_PITCH);
 #pragma unroll
         for (int n = 0; n < N_STEPS; n += 2)
             load_matrices(to.b[n][0], to.b[n][1], to.b[n + 1][0], to.b[n + 1][1],
-                          stage + b_at + (b_turn ^ step << 5) + n * 8 * TILE_PITCH);
+                          weights + b_at + (b_turn ^ step << 5) + n * 8 * TILE_PITCH);
     }
     __device__ __forceinline__ void multiply_step(Sums& sums, int which)
     {

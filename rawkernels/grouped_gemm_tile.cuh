@@ -4,21 +4,26 @@
 // A stage holds 128 bytes of K of BLOCK_ROWS rows of activations, then of BLOCK_COLUMNS rows of weights, laid out as
 // memory.cuh says. If GATED, 8 gate rows lie before the 8 up rows of the same outputs, again and again, so that the
 // thread that has column c of the tile has column c + 8 too.
+// If CODED, the weights of a stage are codes in rows of CODES_PITCH, and two buffers of numbers lie behind the stages.
 // Constants  X element type, BLOCK_ROWS, BLOCK_COLUMNS (a multiple of 16), WARPS_M x WARPS_N, GATED, ACTIVATION
-//            FACTORED: there is a row_factor or a column_factor
-//            COPY_X, COPY_W bytes of a copy (16, 8, 4, and 2 for 16-bit X), which divide every address and K
+//            FACTORED: there is a row_factor or a column_factor; CODED, with those of coded_weights.cuh
+//            COPY_X, COPY_W bytes of a copy (16, 8, 4, 2, and 1 of codes), which divide every address and row
 
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int ELEMENT = sizeof(X), CHUNK = 16 / ELEMENT, BLOCK_K = TILE_PITCH / ELEMENT; // bytes; elements
-constexpr int WEIGHTS_AT = BLOCK_ROWS * TILE_PITCH, STAGE = WEIGHTS_AT + BLOCK_COLUMNS * TILE_PITCH;
+constexpr int NUMBERS = BLOCK_COLUMNS * TILE_PITCH;                                      // weights of a stage
+constexpr int CODES_PITCH = CODED ? BLOCK_K / PIECE * PIECE_BYTES : TILE_PITCH;
+constexpr int WEIGHTS_AT = BLOCK_ROWS * TILE_PITCH, STAGE = WEIGHTS_AT + BLOCK_COLUMNS * CODES_PITCH;
 constexpr int TILE_OUTPUTS = GATED ? BLOCK_COLUMNS / 2 : BLOCK_COLUMNS;
 constexpr int ROWS_A_PASS = THREADS / 8; // eight threads copy the 128 bytes of a row
-constexpr int X_PASSES = (BLOCK_ROWS + ROWS_A_PASS - 1) / ROWS_A_PASS, W_PASSES = BLOCK_COLUMNS / ROWS_A_PASS;
+constexpr int X_PASSES = (BLOCK_ROWS + ROWS_A_PASS - 1) / ROWS_A_PASS;
+constexpr int W_CHUNKS = CODES_PITCH / 16, W_ROWS_A_PASS = THREADS / W_CHUNKS; // likewise of the weights
+constexpr int W_PASSES = (BLOCK_COLUMNS + W_ROWS_A_PASS - 1) / W_ROWS_A_PASS;
 constexpr int TILES_TOGETHER = 16; // tiles that use each block of weights while it is in the L2 cache
 // results wait in shared memory in rows of this many elements: 8 extra ones spread them over the banks
 constexpr int STAGED_PITCH = TILE_OUTPUTS + 8;
 
-static_assert(BLOCK_COLUMNS % ROWS_A_PASS == 0 && ROWS_A_PASS % 16 == 0, "a pass covers whole groups of 16 rows");
+static_assert(ROWS_A_PASS % 16 == 0 && W_ROWS_A_PASS % 16 == 0, "a pass covers whole groups of 16 rows");
 
 struct Problem {
     const int4* schedule;       // {count, 0, 0, 0}, then {expert, first row, rows, 0} of each tile
@@ -30,6 +35,7 @@ struct Problem {
     const float* column_factor; // (E, factor_columns): weight rows or 1; or null
     const uint8* x;
     const uint8* weights;
+    Scales scales; // of codes
     X* out;
     int64 x_stride, expert_stride, weight_stride; // bytes
     int top_k, interleaved, K, outputs;           // top_k 0: row r of x is row r
@@ -65,7 +71,14 @@ __device__ __forceinline__ int weight_row(const Problem& p, int i, int up)
     return p.interleaved ? 2 * i + up : i + up * p.outputs;
 }
 
-// One 16-byte chunk; of its elements the first `left` exist, the others become zero.
+// Row of the weights that column c of a tile is: a gate (c / 8 even) or an up of output c / 16 * 8 + c % 8, or output c.
+__device__ __forceinline__ int weight_row_of(const Problem& p, const Tile& tile, int c)
+{
+    const int output = tile.column + (GATED ? c / 16 * 8 + c % 8 : c);
+    return weight_row(p, min(output, p.outputs - 1), GATED ? c / 8 % 2 : 0);
+}
+
+// One 16-byte chunk; of its bytes the first `left` exist, the others become zero.
 template <int BYTES, bool ONCE>
 __device__ __forceinline__ void copy_chunk(uint32 to, const uint8* from, int left)
 {
@@ -74,12 +87,13 @@ __device__ __forceinline__ void copy_chunk(uint32 to, const uint8* from, int lef
     } else if constexpr (BYTES >= 4) {
 #pragma unroll
         for (int i = 0; i < 16 / BYTES; ++i)
-            copy_async<BYTES>(to + i * BYTES, from + i * BYTES, left > i * (BYTES / ELEMENT) ? BYTES : 0);
+            copy_async<BYTES>(to + i * BYTES, from + i * BYTES, left > i * BYTES ? BYTES : 0);
     } else { // no asynchronous copy is that small
+        using Part = typename Word<BYTES>::Type;
         uint32 words[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (i < left) words[i / 2] |= (uint32) * (const uint16*)(from + i * 2) << i % 2 * 16;
+        for (int i = 0; i < 16; i += BYTES)
+            if (i < left) words[i / 4] |= (uint32) * (const Part*)(from + i) << i % 4 * 8;
         store_words(to, words);
     }
 }
@@ -95,14 +109,14 @@ __device__ __forceinline__ uint32 first_place()
 struct RowCopies {
     const uint8* from[X_PASSES];
     uint32 place;
-    int passes, left; // rows that exist; elements of K from this thread's chunk on
+    int passes, left; // rows that exist; bytes of K from this thread's chunk on
 
     __device__ __forceinline__ RowCopies(const Problem& p, const Tile& tile)
     {
         const int first = threadIdx.x / 8;
         place = first_place();
         passes = (tile.rows - first + ROWS_A_PASS - 1) / ROWS_A_PASS;
-        left = p.K - threadIdx.x % 8 * CHUNK;
+        left = p.K * ELEMENT - threadIdx.x % 8 * 16;
         int row[X_PASSES]; // beyond the tile: its last row again, for an address that exists
 #pragma unroll
         for (int i = 0; i < X_PASSES; ++i) row[i] = tile.row + min(first + i * ROWS_A_PASS, tile.rows - 1);
@@ -116,20 +130,20 @@ struct RowCopies {
 #pragma unroll
         for (int i = 0; i < X_PASSES; ++i) from[i] = p.x + row[i] * p.x_stride + threadIdx.x % 8 * 16;
     }
-    // 128 bytes of K from element k on into the stage at `to`.
+    // Block k of K, 128 bytes, into the stage at `to`.
     __device__ __forceinline__ void copy(uint32 to, int k) const
     {
         const int row = threadIdx.x / 8;
-        const int exist = left - k;
+        const int exist = left - k * TILE_PITCH;
 #pragma unroll
         for (int i = 0; i < X_PASSES; ++i)
             if (BLOCK_ROWS % ROWS_A_PASS == 0 || row + i * ROWS_A_PASS < BLOCK_ROWS)
-                copy_chunk<COPY_X, false>(to + place + i * ROWS_A_PASS * TILE_PITCH, from[i] + (uint32)k * ELEMENT,
+                copy_chunk<COPY_X, false>(to + place + i * ROWS_A_PASS * TILE_PITCH, from[i] + (uint32)k * TILE_PITCH,
                                           i < passes ? exist : 0);
     }
 };
 
-// The same of the weights: tile column c is a gate (c / 8 even) or an up of output c / 16 * 8 + c % 8, or output c.
+// The same of the weights, or of their codes.
 struct WeightCopies {
     const uint8* from;
     int64 step; // bytes from one pass to the next
@@ -138,23 +152,24 @@ struct WeightCopies {
 
     __device__ __forceinline__ WeightCopies(const Problem& p, const Tile& tile)
     {
-        constexpr int OUTPUTS_A_PASS = GATED ? ROWS_A_PASS / 2 : ROWS_A_PASS;
-        const int first = threadIdx.x / 8, up = GATED ? first / 8 % 2 : 0;
+        constexpr int OUTPUTS_A_PASS = GATED ? W_ROWS_A_PASS / 2 : W_ROWS_A_PASS;
+        const int first = threadIdx.x / W_CHUNKS, chunk = threadIdx.x % W_CHUNKS, up = GATED ? first / 8 % 2 : 0;
         const int output = tile.column + (GATED ? first / 16 * 8 + first % 8 : first);
-        place = first_place() + WEIGHTS_AT;
+        place = CODED ? WEIGHTS_AT + first * CODES_PITCH + chunk * 16 : first_place() + WEIGHTS_AT;
         passes = (p.outputs - output + OUTPUTS_A_PASS - 1) / OUTPUTS_A_PASS;
-        left = p.K - threadIdx.x % 8 * CHUNK;
-        from = kept(p.weights + tile.expert * p.expert_stride + weight_row(p, output, up) * p.weight_stride +
-                    threadIdx.x % 8 * 16);
+        left = (CODED ? p.K * PIECE_BYTES / PIECE : p.K * ELEMENT) - chunk * 16;
+        from =
+            kept(p.weights + tile.expert * p.expert_stride + weight_row(p, output, up) * p.weight_stride + chunk * 16);
         step = (GATED && p.interleaved ? 2 : 1) * OUTPUTS_A_PASS * p.weight_stride;
     }
     __device__ __forceinline__ void copy(uint32 to, int k) const
     {
-        const int exist = left - k;
+        const int exist = left - k * CODES_PITCH;
 #pragma unroll
         for (int i = 0; i < W_PASSES; ++i)
-            copy_chunk<COPY_W, true>(to + place + i * ROWS_A_PASS * TILE_PITCH, from + i * step + (uint32)k * ELEMENT,
-                                     i < passes ? exist : 0);
+            if (BLOCK_COLUMNS % W_ROWS_A_PASS == 0 || threadIdx.x / W_CHUNKS + i * W_ROWS_A_PASS < BLOCK_COLUMNS)
+                copy_chunk<COPY_W, true>(to + place + i * W_ROWS_A_PASS * CODES_PITCH,
+                                         from + i * step + (uint32)k * CODES_PITCH, i < passes ? exist : 0);
     }
 };
 

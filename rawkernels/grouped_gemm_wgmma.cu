@@ -7,7 +7,8 @@
 // Work       unit = (tile of `schedule`, block of weight rows). A CTA takes unit blockIdx.x, then whichever is next: warp
 //            1 draws it and announces it; warp 0 loads weights by the bulk tensor copy engine, and rows likewise, or
 //            (GATHERED) warps 2 and 3 load them, 16 bytes a thread; each further warpgroup multiplies; a ring of
-//            `stages` buffers, 64 of K each, lies between them
+//            `stages` buffers, 64 of K each, lies between them. If CODED, a ring of codes lies before it, from which
+//            one more warpgroup makes the weights; then warp 2 loads rows that are not gathered
 // Operands   weights are on the side of wgmma that counts 64 rows a step, tokens on the other: a tile with fewer
 //            than COLUMNS tokens runs with a smaller N. The tensor map has put 8 gate rows before the 8 up rows of
 //            the same outputs, so that one thread holds both. Two M_BLOCKS take every other 8 rows, so that a warp
@@ -15,8 +16,8 @@
 // Numbers    float32 sums along K in one order, whatever the tile; h and act(h) rounded once each
 // Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
 //            FACTORED: a row_factor or a column_factor is; GATHERED: rows by permuted_idx; GROUPS warpgroups of
-//            M_BLOCKS x 64 weight rows, COLUMNS tokens; MIN_CTAS of a multiprocessor; registers of both kinds of
-//            warps, 0: as compiled
+//            M_BLOCKS x 64 weight rows, COLUMNS tokens; MIN_CTAS of a multiprocessor; registers of each kind of
+//            warps, 0: as compiled; CODED, with those of coded_weights.cuh
 // Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
 
 #include "numbers.cuh"
@@ -24,6 +25,10 @@
 #include "activation.cuh"
 #include "hopper.cuh"
 #include "wgmma.cuh"
+#include "small_floats.cuh"
+#include "format_rules.cuh"
+#include "spread_codes.cuh"
+#include "coded_weights.cuh"
 
 #ifndef X // defaults, so that an editor can read this file alone
 #define X bfloat16
@@ -41,13 +46,19 @@
 #define MIN_CTAS 1
 #define PRODUCER_REGISTERS 56
 #define CONSUMER_REGISTERS 224
+#define DECODER_REGISTERS 0
+#define CODED 0
+#define RULE fp8
+#define ALIKE 16
 #endif
 
 constexpr int BLOCK_K = 64;                     // 128 bytes, the width of the swizzle
 constexpr int WEIGHTS = 64 * M_BLOCKS * GROUPS; // rows of a tile
 constexpr int TILE_OUTPUTS = GATED ? WEIGHTS / 2 : WEIGHTS;
 constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // bytes: 128 of each row
+constexpr int CODES = WEIGHTS * BLOCK_K / PIECE * PIECE_BYTES;              // bytes of codes of a stage
 constexpr int GATHERING = 64;                                               // threads
+constexpr int CONSUMERS_AT = CODED ? 8 : 4;                                 // warp
 
 // The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
 __device__ constexpr int smaller(int n)
@@ -102,12 +113,13 @@ struct Tiles {
 };
 
 // The ring of buffers as one thread walks along it.
-struct Ring {
+template <int BYTES>
+struct RingOf {
     uint32 base, barriers;
     int stages, stage;
     uint32 parity;
 
-    __device__ __forceinline__ uint32 buffer() const { return base + stage * STAGE; }
+    __device__ __forceinline__ uint32 buffer() const { return base + stage * BYTES; }
     __device__ __forceinline__ uint32 full() const { return barriers + stage * 8; }
     __device__ __forceinline__ uint32 empty() const { return barriers + (stages + stage) * 8; }
     __device__ __forceinline__ void next()
@@ -115,6 +127,9 @@ struct Ring {
         if (++stage == stages) stage = 0, parity ^= 1;
     }
 };
+
+using Ring = RingOf<STAGE>;
+using CodeRing = RingOf<CODES>;
 
 // What warp 1 tells the others of a unit, which is the CTA's n-th: two places, for the unit in work and the one to come.
 struct Announced {
@@ -144,7 +159,7 @@ struct Announced {
         for (int n = 0; n < 2; ++n) {
             barrier_init(told(n), 1);
             barrier_init(detailed(n), 32); // whoever writes or reads shared memory arrives
-            barrier_init(free(n), 1 + (GATHERED ? GATHERING : 0) + GROUPS * 128);
+            barrier_init(free(n), 1 + (GATHERED ? GATHERING : CODED) + (CODED + GROUPS) * 128);
         }
         barrier_init(wanted(), 1);
     }
@@ -158,21 +173,28 @@ struct Announced {
 
 #include "grouped_gemm_wgmma_store.cuh"
 #include "grouped_gemm_wgmma_roles.cuh"
+#include "grouped_gemm_wgmma_codes.cuh"
 
-extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void grouped_gemm(
+extern "C" __global__ __launch_bounds__((CONSUMERS_AT + 4 * GROUPS) * 32, MIN_CTAS) void grouped_gemm(
     const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, int4* schedule,
-    const int* permuted_idx, const uint8* x, const float* bias, const float* output_scale, const float* row_factor,
-    const float* column_factor, X* out, int blocks, int K, int outputs, int interleaved, int factor_columns, int top_k,
-    int stages, int together, int ahead, float kept, float alpha, float beta, float limit)
+    const int* permuted_idx, const uint8* x, const Rule::Scale* scale, const uint8* zero_points, const float* bias,
+    const float* output_scale, const float* row_factor, const float* column_factor, X* out, int group_rows,
+    int group_columns, int down, int across, int blocks, int K, int outputs, int interleaved, int factor_columns,
+    int top_k, int stages, int code_stages, int together, int ahead, float kept, float alpha, float beta, float limit)
 {
     extern __shared__ __align__(1024) uint8 shared[]; // the swizzle counts from multiples of 1024
-    const uint32 base = shared_address(shared), staging = base + stages * STAGE;
-    const uint32 barriers = staging + GROUPS * 4 * STAGING;
-    const Announced announced(barriers + 2 * stages * 8);
+    const uint32 base = shared_address(shared), codes = base + stages * STAGE;
+    const uint32 staging = CODED ? codes + code_stages * CODES : codes;
+    const uint32 barriers = staging + GROUPS * 4 * STAGING, code_barriers = barriers + 2 * stages * 8;
+    const Announced announced(CODED ? code_barriers + 2 * code_stages * 8 : code_barriers);
     if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) {
-            barrier_init(barriers + s * 8, GATHERED ? 1 + GATHERING : 1);
+            barrier_init(barriers + s * 8, (CODED ? 128 : GATHERED) + (GATHERED ? GATHERING : 1));
             barrier_init(barriers + (stages + s) * 8, GROUPS * 4);
+        }
+        for (int s = 0; CODED && s < code_stages; ++s) {
+            barrier_init(code_barriers + s * 8, 1);
+            barrier_init(code_barriers + (code_stages + s) * 8, 128);
         }
         announced.init();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -186,15 +208,29 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
     const Problem problem{permuted_idx, out,         bias,           output_scale, row_factor, column_factor,
                           outputs,      interleaved, factor_columns, alpha,        beta,       limit};
     Ring ring{base, barriers, stages, 0, 0};
+    CodeRing code_ring{codes, code_barriers, code_stages, 0, 0};
+    if (CODED && warp >= 4 && warp < 8) {
+#if DECODER_REGISTERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(DECODER_REGISTERS));
+#endif
+        ring.parity = 1;
+        const Scales scales{scale, zero_points, group_rows, group_columns, down, across};
+        decode_units(announced, code_ring, ring, problem, scales, K, k_blocks);
+        return;
+    }
     if (warp < 4) {
 #if PRODUCER_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
 #endif
-        ring.parity = 1;
+        ring.parity = code_ring.parity = 1;
         if (warp == 1)
             announce(tiles, announced, problem, (uint32*)schedule + 1, K / 8, top_k);
-        else if (warp == 0 && threadIdx.x == 0)
+        else if (CODED && threadIdx.x == 0)
+            fetch(tiles, announced, code_ring, &weights_map, &rows_map, k_blocks, ahead);
+        else if (threadIdx.x == 0)
             fetch(tiles, announced, ring, &weights_map, &rows_map, k_blocks, ahead);
+        else if (CODED && !GATHERED && threadIdx.x == 64)
+            fetch_rows(announced, ring, &rows_map, k_blocks);
         else if (GATHERED && warp > 1)
             gather(announced, ring, x, k_blocks, K / 8, kept);
         return;
@@ -203,5 +239,5 @@ extern "C" __global__ __launch_bounds__(128 + 128 * GROUPS, MIN_CTAS) void group
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 #endif
     wait_for_previous();
-    consume(announced, ring, problem, staging + (warp - 4) * STAGING, k_blocks, warp / 4 - 1);
+    consume(announced, ring, problem, staging + (warp - CONSUMERS_AT) * STAGING, k_blocks, (warp - CONSUMERS_AT) / 4);
 }

@@ -57,22 +57,25 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
 
 // ---- loading ----
 
-// One thread: weights, and unless GATHERED the rows, by the copy engine. Rows past the expert's end are another
-// expert's: never stored.
-__device__ __forceinline__ void fetch(Tiles tiles, const Announced& announced, Ring ring, const TensorMap* weights_map,
-                                      const TensorMap* rows_map, int k_blocks, int ahead)
+// One thread: weights or their codes, and unless GATHERED the rows beside weights, by the copy engine. Rows past the
+// expert's end are another expert's: never stored.
+template <typename Filled>
+__device__ __forceinline__ void fetch(Tiles tiles, const Announced& announced, Filled ring,
+                                      const TensorMap* weights_map, const TensorMap* rows_map, int k_blocks, int ahead)
 {
-    constexpr int BYTES = GATHERED ? WEIGHTS * 128 : STAGE, BLOCK = WEIGHTS / (GATED ? 16 : 8);
+    constexpr bool WITH_ROWS = !GATHERED && !CODED;
+    constexpr int BYTES = CODED ? CODES : GATHERED ? WEIGHTS * 128 : STAGE, BLOCK = WEIGHTS / (GATED ? 16 : 8);
+    constexpr int ELEMENTS = CODED ? CODES / WEIGHTS : BLOCK_K; // of the map, in a block of K
     constexpr int EARLY = 6; // k blocks: the next unit is asked for as late as its answer allows
     int primed = 0;
     if (!GATHERED && ahead) { // `schedule` is older than the kernel before this one: its weights need not wait
         tiles.open<false>();
         if (blockIdx.x < tiles.units()) {
             const Unit u = tiles.at<false>(blockIdx.x);
-            Ring first = ring;
+            Filled first = ring;
             for (primed = 0; primed < min(ring.stages, k_blocks); ++primed, first.next()) {
                 barrier_arrive_expecting(first.full(), BYTES);
-                copy_weights(first.buffer(), weights_map, first.full(), primed * BLOCK_K, u.block * BLOCK, u.expert);
+                copy_weights(first.buffer(), weights_map, first.full(), primed * ELEMENTS, u.block * BLOCK, u.expert);
             }
         }
     }
@@ -86,9 +89,9 @@ __device__ __forceinline__ void fetch(Tiles tiles, const Announced& announced, R
             if (k >= primed) {
                 barrier_wait(ring.empty(), ring.parity);
                 barrier_arrive_expecting(ring.full(), BYTES);
-                copy_weights(ring.buffer(), weights_map, ring.full(), k * BLOCK_K, u.block * BLOCK, u.expert);
+                copy_weights(ring.buffer(), weights_map, ring.full(), k * ELEMENTS, u.block * BLOCK, u.expert);
             }
-            if (!GATHERED) copy_rows(ring.buffer() + TOKENS_AT, rows_map, ring.full(), k * BLOCK_K, u.row);
+            if (WITH_ROWS) copy_rows(ring.buffer() + TOKENS_AT, rows_map, ring.full(), k * BLOCK_K, u.row);
         }
     }
 }

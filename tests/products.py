@@ -191,7 +191,7 @@ def on_side(xp, p, dtype, kernel, **other):
     refusal = pack.refusal(kernel, dtype, k, outputs, True, p.input_scale.size > 0)
     if xp is not np and refusal:
         pytest.skip(refusal)
-    block_rows = other.get("block_rows") or room.block_rows(p.num_rows, len(p.weights), k, outputs, dtype, kernel)
+    block_rows = other.get("block_rows") or room.block_rows(p.num_rows, len(p.weights), k, outputs, dtype, 0, kernel)
     side = OnSide(
         room,
         permute,

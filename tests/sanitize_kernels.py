@@ -33,10 +33,10 @@ TOOLS = {
 DTYPES = ("bfloat16", "float16", "float32")
 
 # constants that make a tile: each that a launcher lists is called
+_OF_MMA = ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED", "CODED")
 TILE = {
-    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED", "FACTORED"),
-    "grouped_gemm_mma.cu": ("X", "BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED"),
-    "grouped_gemm_fma.cu": ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED"),
+    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED", "FACTORED", "CODED"),
+    **dict.fromkeys(("grouped_gemm_mma.cu", "grouped_gemm_fma.cu"), ("X", *_OF_MMA)),
 }
 
 
@@ -214,7 +214,7 @@ def products(d):
     """Weights that are codes, and factors, on every kernel and tile."""
     from coded_products import GPU_KERNELS, on_every_tile  # it imports pytest
 
-    heights = {"wgmma": _grouped_gemm_wgmma._TILES if _load.capability() == 90 else ()}
+    heights = {"wgmma": _grouped_gemm_wgmma.coded_heights() if _load.capability() == 90 else ()}
     for dtype, kernel in GPU_KERNELS:
         with as_if(multiprocessors=1):
             for product in on_every_tile(d.xp, kernel, dtype, heights.get(kernel, _grouped_gemm_mma._HEIGHTS)):

@@ -139,7 +139,7 @@ def test_what_the_front_desk_calls_is_on_both_sides(room, function):
 def test_both_launchers_of_the_products_take_what_the_room_hands_on():
     wgmma, mma = (signatures((GPU / f"_grouped_gemm_{name}.py").read_text())["launch"] for name in ("wgmma", "mma"))
     names, defaults = signatures((GPU / "grouped_gemm.py").read_text())["grouped_gemm"]
-    own = ("weight_format", "expert_first_token_offset", "expanded")  # the room decodes, the launchers multiply
+    own = ("expert_first_token_offset", "expanded")  # the room decodes, the launchers multiply
     assert wgmma == mma == ([name for name in names if name not in own], defaults)
 
 

@@ -15,6 +15,7 @@ from tree import GPU
 pytest.importorskip("cuda.core", reason="cuda-core is not installed (extra `compile`)")
 
 from cumoe.rawkernels import (
+    _coded_weights,
     _compile,
     _grouped_gemm_mma,
     _grouped_gemm_wgmma,
@@ -66,11 +67,22 @@ def test_tiles_of_hoppers_kernel(tile, gated, scaled, factored):
     )
 
 
+@pytest.mark.parametrize("rule", _coded_weights.BITS)
+def test_codes_between_the_rings(rule):
+    """Of each rule its bits, and of the smallest tile what its ring of codes takes."""
+    tile = _grouped_gemm_wgmma._TILES[8]
+    constants = _grouped_gemm_wgmma._constants(
+        tile, "bfloat16", "silu", True, of_codes=_coded_weights.constants(rule, 32)
+    )
+    barriers = 16
+    check("grouped_gemm_wgmma.cu", constants, CODES=tile.code_bytes(rule) - barriers, PIECE=_coded_weights.PIECE)
+
+
 def tiles_of_other_kernels():
     """One case for each tile, size of an element, and whether there is a gate."""
     found = {}
     for file, _, constants in _grouped_gemm_mma.variants(ARCH):
-        names = ("X", "BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "STAGES", "GATED")
+        names = ("X", "BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "STAGES", "GATED", "CODED")
         found[file, *(constants[name] for name in names)] = file, constants
     return [pytest.param(*case, id=" ".join(map(str, key))) for key, case in found.items() if "float16" not in key]
 
@@ -78,16 +90,17 @@ def tiles_of_other_kernels():
 @pytest.mark.parametrize(("file", "constants"), tiles_of_other_kernels())
 def test_tiles_of_the_other_kernels(file, constants):
     shape = (constants[name] for name in ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "STAGES", "MIN_CTAS"))
-    tile = _grouped_gemm_mma.Tile(*shape)
-    held = tile.shared_bytes(constants["GATED"], 4 if constants["X"] == "float32" else 2)
-    staged = "BLOCK_ROWS * STAGED_PITCH * (int)sizeof(X)"
+    tile = _grouped_gemm_mma.Tile(*shape, _coded_weights.BITS[constants["RULE"]] if constants["CODED"] else 0)
+    item = 4 if constants["X"] == "float32" else 2
+    held = tile.shared_bytes(constants["GATED"], item)
+    used, staged = "(STAGES * STAGE + 2 * CODED * NUMBERS)", "BLOCK_ROWS * STAGED_PITCH * (int)sizeof(X)"
     check(
         file,
         constants,
         TILE_PITCH=_grouped_gemm_mma._PITCH,
         THREADS=tile.threads,
-        STAGE=_grouped_gemm_mma._stage_bytes(tile.rows, tile.columns),
-        **{f"STAGES * STAGE > {staged} ? STAGES * STAGE : {staged}": held},
+        STAGE=_grouped_gemm_mma._stage_bytes(tile.rows, tile.columns, tile.bits, item),
+        **{f"{used} > {staged} ? {used} : {staged}": held},
     )
 
 
@@ -97,11 +110,6 @@ def test_a_warp_and_its_rows():
         check("route.cu", constants, **{f"(1 << INDEX_BITS) >= {_rows._MOST_EXPERTS}": 1})
     constants = unpermute._constants("bfloat16", "int32", False, 2) | {"BYTES": 16}
     check("unpermute.cu", constants, MAX_THREADS=unpermute._MOST_THREADS, WARP=unpermute._WARP)
-
-
-def test_blocks_that_decode():
-    *_, constants = next(one for one in formats.variants(ARCH) if one[1] == "decode_experts")
-    check("format_decode.cu", constants, RESIDENT=formats._RESIDENT)
 
 
 def test_rows_in_registers():

@@ -11,7 +11,7 @@ TILE = 64  # rows of weights
 
 @pytest.fixture
 def told(monkeypatch):
-    """The last map that was asked for: address, sizes, strides, box."""
+    """The last map that was asked for: address, sizes, strides, box, bytes of an element."""
     maps = []
     monkeypatch.setattr(_tensor_maps, "_encode", lambda *named: maps.append(named))
     return maps
@@ -19,11 +19,12 @@ def told(monkeypatch):
 
 def seen(array, told):
     """The array as the map shows it, the innermost axis last, and the box in the same order."""
-    address, sizes, strides, box = told[-1]
+    address, sizes, strides, box, itemsize = told[-1]
+    assert itemsize == array.itemsize
     assert address == array.ctypes.data
     assert len(sizes) == len(box) == len(strides) + 1 <= 5
     assert all(0 < step < 2**40 and step % 16 == 0 for step in strides)
-    assert all(1 <= extent <= 256 for extent in box) and box[0] * array.itemsize == 128
+    assert all(1 <= extent <= 256 for extent in box)
     return as_strided(array, sizes[::-1], (*strides[::-1], array.itemsize)), box[::-1]
 
 
@@ -58,9 +59,19 @@ def test_boxes_of_weights_are_tiles(told, view, gated, interleaved):
     np.testing.assert_array_equal(array.reshape(e, n, k), weights[:, order_of(n, gated, interleaved)])
 
 
+@pytest.mark.parametrize(("rule", "width"), [("fp8", 64), ("nvfp4", 32)])
+@pytest.mark.parametrize(("gated", "interleaved"), [(False, False), (True, False), (True, True)])
+def test_boxes_of_codes_have_as_many_of_them(told, rule, width, gated, interleaved):
+    codes = np.arange(5 * 48 * 80).astype(np.uint8).reshape(5, 48, 80)
+    _tensor_maps.weights_map(codes.ctypes.data, codes.shape, codes.strides[:2], gated, interleaved, TILE, rule)
+    array, box = seen(codes, told)
+    assert box == (1, TILE // (16 if gated else 8), 2 if gated else 1, 8, width)
+    np.testing.assert_array_equal(array.reshape(codes.shape), codes[:, order_of(48, gated, interleaved)])
+
+
 def test_boxes_of_rows(told):
     rows = np.arange(7 * 40, dtype=np.uint16).reshape(7, 40)
     _tensor_maps.rows_map(rows.ctypes.data, *rows.shape, 96)
     array, box = seen(rows, told)
-    assert box == (96, 64)
+    assert box == (96, 64)  # 128 bytes, as of numbers above
     np.testing.assert_array_equal(array, rows)

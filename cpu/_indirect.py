@@ -1,0 +1,44 @@
+"""
+Compiled functions called by their address, so that the loop around them is compiled once for all of them.
+
+A parallel loop takes Numba seconds to compile, most of them spent on the code of what it calls; behind an address that
+code is compiled once, by itself.
+"""
+
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import _dispatcher, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_ADDRESSES: dict[tuple[Any, bytes], int] = {}
+
+
+def address(function: Any, *arguments: Any) -> int:
+    """Where the machine code of a function that returns nothing begins, compiled for arguments like these."""
+    key = function, _dispatcher.compute_fingerprint(arguments)  # finding their types takes fifty times as long
+    if key not in _ADDRESSES:
+        known = tuple(map(numba.typeof, arguments))
+        function.compile(known)
+        compiled = function.overloads[known]
+        _ADDRESSES[key] = int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+    return _ADDRESSES[key]
+
+
+@intrinsic
+def call(typing_context: Any, where: Any, arguments: Any) -> Any:
+    """Call the function at address `where` with the elements of a tuple, of exactly the types it was compiled for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        given = signature.args[1].types
+        pointee = context.call_conv.get_function_type(types.none, given)
+        function = builder.inttoptr(values[0], ir.PointerType(pointee))
+        unpacked = cgutils.unpack_tuple(builder, values[1], len(given))
+        status, _ = context.call_conv.call_function(builder, function, types.none, given, unpacked)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
