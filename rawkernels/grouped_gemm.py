@@ -5,7 +5,7 @@ from cumoe.rawkernels import _grouped_gemm_wgmma as wgmma
 from cumoe.rawkernels import formats
 
 _MOST_ROWS = 2**31 - 1  # rows are int32 in a schedule
-_FEW_ROWS = 600  # of an expert, up to which decoding for each tile costs less than numbers that go through memory
+_FEW_ROWS = 384  # of an expert, up to which decoding for each tile costs less than numbers that go through memory
 
 
 def grouped_gemm(
