@@ -16,6 +16,7 @@ _SMALL_MATRIX = 1 << 22  # weights of an expert's second product: up to here the
 _MOST_GATHERED = 2**32 * 8  # elements of the rows that are gathered, counted by eights in 32 bits
 _KEPT_BYTES = 20 << 20  # of the rows that are gathered, which L2 keeps although weights stream by
 _MOST_CODED = 160  # rows of a tile: sums that leave registers for a warpgroup that decodes
+_CODED_REGISTERS = {2: (40, 96, 56), 3: (32, 88, 48)}  # by CTAs of a multiprocessor: producers, decoders, consumers
 _CODED_STAGES = 3  # of numbers; codes have the memory that is left
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
@@ -185,11 +186,12 @@ def _constants(
 ):
     """Macros of the kernel; `of_codes` are those of coded_weights.cuh."""
     of_codes = of_codes or _coded_weights.constants("", 0)
-    registers = (56, 0, 224) if gathered else (40, 0, 232)
     if of_codes["CODED"]:
-        registers = (48, 80, 192) if gathered else (40, 88, 192)
-    if tile.ctas > 1:  # these have registers enough without moving them
+        registers = _CODED_REGISTERS.get(tile.ctas) or ((48, 80, 192) if gathered else (32, 96, 192))
+    elif tile.ctas > 1:  # these have registers enough without moving them
         registers = 0, 0, 0
+    else:
+        registers = (56, 0, 224) if gathered else (40, 0, 232)
     return of_codes | {
         "X": dtype,
         "WGMMA_TYPE": '"bf16"' if dtype == "bfloat16" else '"f16"',

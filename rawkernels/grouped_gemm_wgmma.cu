@@ -59,6 +59,18 @@ constexpr int TOKENS_AT = WEIGHTS * 128, STAGE = (WEIGHTS + COLUMNS) * 128; // b
 constexpr int CODES = WEIGHTS * BLOCK_K / PIECE * PIECE_BYTES;              // bytes of codes of a stage
 constexpr int GATHERING = 64;                                               // threads
 constexpr int CONSUMERS_AT = CODED ? 8 : 4;                                 // warp
+constexpr int THREADS = (CONSUMERS_AT + 4 * GROUPS) * 32;
+
+// Take or leave registers; a warpgroup starts with its share of all. 0: leave them as they are.
+template <int COUNT>
+__device__ __forceinline__ void set_registers()
+{
+    constexpr int SHARE = 65536 / (THREADS * MIN_CTAS) / 8 * 8;
+    if constexpr (COUNT > SHARE)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+    else if constexpr (COUNT > 0)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 
 // The next smaller N that a tile may run with: fine steps near COLUMNS, where most tiles are.
 __device__ constexpr int smaller(int n)
@@ -175,7 +187,7 @@ struct Announced {
 #include "grouped_gemm_wgmma_roles.cuh"
 #include "grouped_gemm_wgmma_codes.cuh"
 
-extern "C" __global__ __launch_bounds__((CONSUMERS_AT + 4 * GROUPS) * 32, MIN_CTAS) void grouped_gemm(
+extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const __grid_constant__ TensorMap rows_map, const __grid_constant__ TensorMap weights_map, int4* schedule,
     const int* permuted_idx, const uint8* x, const Rule::Scale* scale, const uint8* zero_points, const float* bias,
     const float* output_scale, const float* row_factor, const float* column_factor, X* out, int group_rows,
@@ -210,18 +222,14 @@ extern "C" __global__ __launch_bounds__((CONSUMERS_AT + 4 * GROUPS) * 32, MIN_CT
     Ring ring{base, barriers, stages, 0, 0};
     CodeRing code_ring{codes, code_barriers, code_stages, 0, 0};
     if (CODED && warp >= 4 && warp < 8) {
-#if DECODER_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(DECODER_REGISTERS));
-#endif
+        set_registers<DECODER_REGISTERS>();
         ring.parity = 1;
         const Scales scales{scale, zero_points, group_rows, group_columns, down, across};
         decode_units(announced, code_ring, ring, problem, scales, K, k_blocks);
         return;
     }
     if (warp < 4) {
-#if PRODUCER_REGISTERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-#endif
+        set_registers<PRODUCER_REGISTERS>();
         ring.parity = code_ring.parity = 1;
         if (warp == 1)
             announce(tiles, announced, problem, (uint32*)schedule + 1, K / 8, top_k);
@@ -235,9 +243,7 @@ extern "C" __global__ __launch_bounds__((CONSUMERS_AT + 4 * GROUPS) * 32, MIN_CT
             gather(announced, ring, x, k_blocks, K / 8, kept);
         return;
     }
-#if CONSUMER_REGISTERS
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-#endif
+    set_registers<CONSUMER_REGISTERS>();
     wait_for_previous();
     consume(announced, ring, problem, staging + (warp - CONSUMERS_AT) * STAGING, k_blocks, (warp - CONSUMERS_AT) / 4);
 }

@@ -2,13 +2,15 @@
 Every kernel compiles for every architecture, with no GPU: no spills, no local memory, no remark of the assembler,
 and the machine instructions that make it what it is.
 
-The launchers say which constants they use (`variants`). All of them are compiled for Hopper; for the others a
-choice in which each value of each constant occurs, or for near relatives each entry point. Cubins are kept in
+The launchers say which constants they use (`variants`). What is compiled for Hopper is a choice in which every two
+values of two constants that occur together do; for the others each value of each constant occurs, or for near relatives
+each entry point. Cubins are kept in
 build/kernels.
 """
 
 import re
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from cumoe.rawkernels import _compile, _variants
 ROOT = Path(__file__).parents[1]
 GPU, KEPT = ROOT / "rawkernels", ROOT / "build" / "kernels"
 COMPLETE = "sm_90a"
-RELATED = ("sm_86", "sm_89")  # to sm_80: the same instructions
+RELATED = ("sm_86", "sm_89", "sm_120a")  # to sm_80 and sm_100a: the same instructions
 
 WIDE = ("LDG.E.128", "STG.E.128")
 WARP_MAX = "C?REDUX.MAX"  # one instruction over the warp
@@ -80,12 +82,12 @@ INSTRUCTIONS = {
 STACK = {}
 
 
-def covering(variants, entries_only=False):
-    """Choose few variants in which each entry point of each file occurs, and each value of each constant."""
+def covering(variants, together=1):
+    """Choose few variants in which each entry point of each file occurs, and all values of `together` constants."""
     told = [
-        {(one.file, entry) for entry in one.entries}
-        | {(one.file, *constant) for constant in one.constants if not entries_only}
+        {(one.file, entry, *values) for entry in one.entries for values in combinations(one.constants, count)}
         for one in variants
+        for count in (min(together, len(one.constants)),)
     ]
     left, chosen = set().union(*told), []
     while left:
@@ -95,11 +97,11 @@ def covering(variants, entries_only=False):
     return chosen
 
 
-def cases(every=""):
-    """One case an architecture and variant: all for the architecture `every`, a choice for the others."""
+def cases(most=""):
+    """One case an architecture and variant: the largest choice for the architecture `most`, a smaller for others."""
     for arch in _compile.ARCHITECTURES:
         variants = _variants.default(arch)
-        for variant in variants if arch == every else covering(variants, arch in RELATED):
+        for variant in covering(variants, 2 if arch == most else 0 if arch in RELATED else 1):
             yield pytest.param(arch, variant, id=f"{arch} {variant}")
 
 
@@ -205,8 +207,9 @@ def test_a_choice_covers_every_value():
         return _variants.Variant("a.cu", (entry,), tuple(sorted(constants.items())))
 
     listed = [variant("f", A=a, B=b) for a in (1, 2, 3) for b in (1, 2)] + [variant("g", A=1, B=1)]
-    assert covering(listed) == [listed[0], listed[3], listed[4], listed[6]]
-    assert covering(listed, entries_only=True) == [listed[0], listed[6]]
+    assert covering(listed) == [listed[0], listed[3], listed[6], listed[4]]
+    assert covering(listed, 0) == [listed[0], listed[6]]
+    assert covering(listed, 2) == listed
     assert covering([]) == []
 
 
