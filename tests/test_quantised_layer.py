@@ -124,6 +124,21 @@ def test_router_weight_on_input(xp, case, on_input):
     check(cumoe.fused_experts(*given, **named), given, named)
 
 
+@pytest.mark.parametrize("name", ["int4 128", "fp8 channel, token", "nvfp4 w4a16"])
+def test_many_tokens_and_few_give_the_same_bits(xp, name):
+    """Where an expert has many rows, a GPU decodes its weights once, not for each tile."""
+    (case,) = (case for case in CASES if case.name == name)
+    problem = make_problem(900, 1, 2, 128, 128, "bfloat16")
+    (x, w1, w2, weights, ids), named = arguments(xp, problem, quantised(case, problem))
+    out = cumoe.fused_experts(x, w1, w2, weights, ids, **named)
+    few = cumoe.fused_experts(x[:100], w1, w2, weights[:100], ids[:100], **named)
+    assert back(out[:100]).tobytes() == back(few).tobytes()
+    sizes = {"dtype": "bfloat16", "device": "cpu" if xp is np else "cuda", "quant_config": named["quant_config"]}
+    where = "panel by panel" if xp is np else "once for all tiles"
+    assert where in cumoe.plan(900, 128, 128, 2, 1, **sizes).explain()
+    assert "once for all tiles" not in cumoe.plan(100, 128, 128, 2, 1, **sizes).explain()
+
+
 @each_case
 def test_no_tokens(xp, case):
     problem = make_problem(0, 2, 4, 128, 128, "bfloat16")
