@@ -332,8 +332,12 @@ def layer(kind, ms, n, k, activation="silu", **more):
 
 
 def shapes_of(shapes):
-    """Shapes (m, n, k) in an order that keeps those with the same weights together."""
-    return pytest.mark.parametrize(("m", "n", "k"), sorted(set(shapes), key=lambda shape: shape[1:] + shape[:1]))
+    """Shapes (m, n, k) in an order that keeps those with the same weights together, in one process as well."""
+    params = [
+        pytest.param(m, n, k, marks=pytest.mark.xdist_group(f"{n}-{k}"))
+        for m, n, k in sorted(set(shapes), key=lambda shape: shape[1:] + shape[:1])
+    ]
+    return pytest.mark.parametrize(("m", "n", "k"), params)
 
 
 def ms_of(shapes, n, k):
