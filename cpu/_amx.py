@@ -32,11 +32,14 @@ def permitted() -> bool:
 
 
 @intrinsic
-def tile(typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines):
+def tile(
+    typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines, scales, group_steps, offsets,
+    offsets_stride,
+):  # fmt: skip
     """Up to 16 rows (one row group) or 32 (two groups, `a_stride` bytes apart) times a panel of 32 columns."""
 
     def codegen(context, builder, signature, arguments):
-        rows, *operands = arguments
+        rows, *operands = arguments[:10]
         few = builder.icmp_signed("<=", rows, constant(16))
         with builder.if_else(few) as (one_group, two_groups):
             with one_group:

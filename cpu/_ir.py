@@ -8,11 +8,14 @@ from numba.core import cgutils
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
-# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines). `a`, `panel`, `sums`
-# and `ahead` are addresses, `a_stride` and `half` (from the gate sums to the up sums) are bytes; `accumulate` != 0
-# goes on from `sums`. While it multiplies, step s asks for `lines` cache lines from ``ahead + 64 * s * lines`` on,
-# so that the next weights travel meanwhile.
-TILE_ARGUMENTS = types.void(*[types.int64] * 10)
+# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines, scales, group_steps,
+# offsets, offsets_stride). `a`, `panel`, `sums` and `ahead` are addresses, `a_stride` and `half` (from the gate sums to
+# the up sums) are bytes; `accumulate` != 0 goes on from `sums`. While it multiplies, step s asks for `lines` cache
+# lines from ``ahead + 64 * s * lines`` on, so that the next weights travel meanwhile. Of kernels whose weights have
+# scales along K, `scales` is the address of those of the first group of `group_steps` steps, columns side by side. Of
+# kernels in integers, `offsets` is the address of the int32 that the sums of the first row begin with, a group after
+# the other; the next row's are `offsets_stride` bytes further on. Others take zeros.
+TILE_ARGUMENTS = types.void(*[types.int64] * 14)
 
 
 class BFloat(ir.types._BaseFloatType):
@@ -60,6 +63,11 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, operands: Sequence[i
     """Call the LLVM intrinsic `name`."""
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """``a * b + c``, rounded once."""
+    return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
 def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, lines: ir.Value) -> None:

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, decoded_panel, microkernel, pack
+from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, coded_gemm, coded_panels, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu._tasks import cut
 from cumoe.cpu.epilogue import epilogue
@@ -65,16 +65,18 @@ def grouped_gemm(
 
     Rows outside every expert are neither read nor written. The GPU side needs `schedule` and what lies around it.
     """
-    kern = microkernel.choose(dtype, kernel)
+    kern, f = microkernel.choose(dtype, kernel), weight_format
     gated = bool(activation) and not activation.endswith("_no_mul")
     outputs = out.shape[1]
     order = pack.row_order(2 * outputs if gated else outputs, gated, interleaved)
     side = kern.columns // 2 if gated else kern.columns
     panels = -(-outputs // side)
     k = x.shape[1]
-    k_padded = -(-k // kern.k_step) * kern.k_step
+    made = None if f is None else f.panels or coded_panels.layout(f, k, kern.name)
+    k_padded = made.k_padded(k) if made else -(-k // kern.k_step) * kern.k_step
     row_dtype = np.uint16 if kern.row_dtype == "bfloat16" else np.float32
-    most_rows = max(kern.max_rows, min(_MAX_ROWS, _MAX_ROWS_BYTES // (k_padded * row_dtype().itemsize)))
+    row_bytes = coded_gemm.row_bytes(made, k, kern) if made else k_padded * row_dtype().itemsize
+    most_rows = max(kern.max_rows, min(_MAX_ROWS, _MAX_ROWS_BYTES // row_bytes))
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
     workers = numba.get_num_threads()
@@ -83,15 +85,15 @@ def grouped_gemm(
         return
     workers = min(workers, len(tasks))
     task_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
-    packed, coded = weights.ndim == 5, weight_format is not None
+    packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
     problem = _Problem(
         x,
         permuted_idx,
         top_k,
         input_scale,
-        weights if packed else _NO_PANELS[x.dtype.name],
-        _NO_WEIGHTS[x.dtype.name] if packed else decoded_panel.codes(weights, weight_format) if coded else weights,
-        *decoded_panel.arguments(weight_format),
+        weights if weights.ndim == 5 else _NO_PANELS[x.dtype.name],
+        _plain(x, weights, f, made),
+        *decoded_panel.arguments(f),
         bias,
         output_scale,
         row_factor,
@@ -105,13 +107,17 @@ def grouped_gemm(
         np.float32(limit),
         out,
     )
-    row_blocks = np.empty((workers, task_rows * k_padded), row_dtype)
-    panel_blocks = np.empty((workers, 0 if packed else k_padded * kern.columns), x.dtype)
-    decoded = np.empty((workers, 1, kern.columns if coded else 0, k), x.dtype)
+    row_blocks = np.empty((workers, -(-task_rows * row_bytes // row_dtype().itemsize)), row_dtype)
+    panel_size = -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
+    panel_blocks = np.empty((workers, 0 if packed else panel_size), x.dtype)
+    decoded = np.empty((workers, 1, kern.columns if coded and not made else 0, k), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
     codes = np.empty((workers, task_rows * kern.columns // 2), out.dtype)
     parts = row_blocks, decoded, panel_blocks, sums, codes
-    worker = _worker(kern, dtype, activation, decoded_panel.names(weight_format))
+    if made:
+        worker = coded_gemm.worker(made, kern, dtype, activation, "" if packed else f.rule)
+    else:
+        worker = _worker(kern, dtype, activation, decoded_panel.names(f))
     address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in parts))
     _all_workers(address, problem, tasks, np.zeros(1, np.int64), *parts)
     _threads.warn_if_slow()
@@ -164,6 +170,15 @@ class _Problem(NamedTuple):
 
 _NO_PANELS = {name: np.empty((0, 0, 0, 0, 0), name) for name in ("float32", "uint16")}
 _NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")}
+
+
+def _plain(x, weights, weight_format, made):
+    """Weights or codes as the loops take them, or empty ones beside panels of weights."""
+    if weights.ndim == 5:
+        return _NO_WEIGHTS[x.dtype.name]
+    if made:
+        return weights.view(np.uint8)
+    return weights if weight_format is None else decoded_panel.codes(weights, weight_format)
 
 
 @functools.cache
@@ -255,6 +270,10 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
                 step,
                 ahead,
                 asked,
+                0,
+                0,
+                0,
+                0,
             )
             first_row += block_rows
 

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _intrinsics, microkernel
+from cumoe.cpu import _intrinsics, coded_panels, microkernel
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
@@ -25,9 +25,16 @@ def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
     return microkernel.refusal(kernel, dtype)
 
 
-def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled):
-    """Name of the fastest micro-kernel here for weights of `dtype`."""
-    return microkernel.names(dtype)[0]
+def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled, coded=False):
+    """Name of the fastest micro-kernel here for weights of `dtype`, or for codes."""
+    return next(
+        (name for name in microkernel.names(dtype) if coded and multiplies_codes(name)), microkernel.names(dtype)[0]
+    )
+
+
+def multiplies_codes(kernel):
+    """Whether the micro-kernel `kernel` reads packed codes."""
+    return kernel in coded_panels.KERNELS
 
 
 def refused_kernels(dtype, hidden_size, intermediate_size, aligned, scaled):
@@ -54,6 +61,18 @@ def panel_shape(weights_shape, dtype, kernel, gated):
 def pack_weights(weights, dtype, kernel, gated, interleaved, out):
     """Pack (E, N, K) into `out` of `panel_shape`; `dtype` names what the bits of `weights` mean."""
     _pack_all(microkernel.choose(dtype, kernel))(weights, *row_order(weights.shape[1], gated, interleaved), out)
+
+
+def pack_codes(codes, weight_format, k, gated, interleaved):
+    """Codes of K columns and their format in memory of their own, packed if a micro-kernel here multiplies codes."""
+    made = coded_panels.layout(weight_format, k, best_kernel("float32", 0, 0, True, False, True))
+    if made is None:
+        arrays = {name: array.copy() for name, array in weight_format._asdict().items() if hasattr(array, "shape")}
+        return codes.copy(), weight_format._replace(**arrays)
+    out = np.empty(coded_panels.panel_shape(made, codes.shape, k, gated), np.uint8)
+    coded_panels.pack_weights(codes, weight_format, made, k, gated, row_order(codes.shape[1], gated, interleaved), out)
+    nothing = np.empty((0, 0, 0), weight_format.scale.dtype)
+    return out, weight_format._replace(scale=nothing, zero_points=None, panels=made)
 
 
 def row_order(n, gated, interleaved):

@@ -202,7 +202,8 @@ def _kernel(
     xp: ModuleType, experts: Experts, backend: str | None, on_input: bool | str, is_prepared: bool, x: Array, out: Array
 ) -> str:
     """The kernel for the arrays of this call."""
-    return choose_kernel(
+    scheme = experts.scheme
+    kernel = choose_kernel(
         xp,
         backend,
         experts.dtype,
@@ -210,8 +211,12 @@ def _kernel(
         experts.intermediate_size,
         experts.aligned and (xp is np or rows_are_aligned(x, out)),
         on_input in (True, "hidden_states"),
-        experts.kernel if is_prepared and experts.scheme is None else None,
+        experts.kernel if is_prepared and scheme is None else None,
+        scheme is not None,
     )
+    if scheme is not None and scheme.is_packed and not _arrays.room(xp, "pack").multiplies_codes(kernel):
+        raise ValueError(f"backend must multiply codes as w1 packs them, got {kernel!r}; give the codes themselves")
+    return kernel
 
 
 def check_routing(topk_weights: Any, topk_ids: Any, num_tokens: int) -> int:

@@ -97,8 +97,8 @@ def for_rows(xp: ModuleType, experts: Experts, hidden_states: Array) -> Experts:
     """Quantised weights, to be multiplied in the dtype of the tokens."""
     _check.dtype("hidden_states", hidden_states, DTYPES)
     dtype = hidden_states.dtype.name
-    kernel = choose_kernel(xp, None, dtype, experts.hidden_size, experts.intermediate_size, experts.aligned)
-    return experts._replace(dtype=dtype, kernel=kernel)
+    sizes = experts.hidden_size, experts.intermediate_size
+    return experts._replace(dtype=dtype, kernel=choose_kernel(xp, None, dtype, *sizes, experts.aligned, coded=True))
 
 
 def _quantised(
@@ -122,11 +122,13 @@ def _quantised(
             packed = " (K counts the codes, two a byte)" if got[2] != arrays[name].shape[2] else ""
             raise ValueError(f"{name} must be {axes} = {wanted}{packed}, got {got}")
     halves = gated and not is_interleaved(activation)
+    a1 = _layer_scheme.rows_of(1, quant_config._a1, arrays, num_experts)
+    a2 = _layer_scheme.rows_of(2, quant_config._a2, arrays, num_experts)
     scheme = _layer_scheme.Scheme(
-        _layer_scheme.weight_of(xp, 1, arrays["w1"], desc1, arrays, shape1, halves),
-        _layer_scheme.weight_of(xp, 2, arrays["w2"], desc2, arrays, shape2, False),
-        _layer_scheme.rows_of(1, quant_config._a1, arrays, num_experts),
-        _layer_scheme.rows_of(2, quant_config._a2, arrays, num_experts),
+        _layer_scheme.weight_of(xp, 1, arrays["w1"], desc1, arrays, shape1, halves, a1),
+        _layer_scheme.weight_of(xp, 2, arrays["w2"], desc2, arrays, shape2, False, a2),
+        a1,
+        a2,
     )
     return hidden_size, intermediate_size, scheme
 

@@ -44,10 +44,11 @@ def cpu() -> dict[str, str]:
     from llvmlite import binding
 
     from cumoe.bench.ceilings import last_level_cache_bytes
-    from cumoe.cpu import _threads, microkernel
+    from cumoe.cpu import _threads
+    from cumoe.cpu._features import cpu_features
 
     _threads.start()  # before Numba is asked for threads, or it would pick a layer of its own
-    features = microkernel.cpu_features()
+    features = cpu_features()
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "model": cpu_model(),

@@ -14,18 +14,19 @@ def choose_kernel(
     aligned: bool = True,
     scaled: bool = False,
     packed_for: str | None = None,
+    coded: bool = False,
 ) -> str:
     """
     Return the name of the kernel, or raise with the names of those that could run and why this one cannot.
 
     `aligned` says that rows ascend and begin at multiples of 16 bytes, `scaled` that router weights go on the tokens
-    first, `packed_for` for which kernel the weights are packed already.
+    first, `packed_for` for which kernel the weights are packed already, `coded` that they are codes.
     """
     pack = _arrays.room(xp, "pack")
     needs = dtype, hidden_size, intermediate_size, aligned, scaled
     if backend is None:
         if packed_for is None or pack.refusal(packed_for, *needs) is not None:
-            return str(pack.best_kernel(*needs))
+            return str(pack.best_kernel(*needs, coded))
         return packed_for
     _check.choice("backend", backend, pack.kernel_names())
     reason = pack.refusal(backend, *needs)

@@ -69,6 +69,11 @@ class Scheme(NamedTuple):
     a2: Rows | None
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a weight lies in panels that only some kernels read."""
+        return self.w1.format.panels is not None or self.w2.format.panels is not None
+
+    @property
     def code_bits(self) -> int:
         """Bits of a code of the first weight."""
         return 4 if SCHEMES[self.w1.format.rule].is_packed else 8
@@ -178,8 +183,9 @@ def weight_of(
     arrays: dict[str, Array],
     shape: tuple[int, int, int],
     has_halves: bool,
+    rows_before: Rows | None,
 ) -> Weight:
-    """Format and factor of weight `which`, whose gate and up rows may be two halves."""
+    """Format and factor of weight `which`, whose gate and up rows may be two halves; it meets `rows_before`."""
     scheme = weight_scheme(f"w{which}", desc.dtype, codes)
     scale, zeros, alphas = (arrays[name] for name in (f"w{which}_scale", f"w{which}_zp", f"g{which}_alphas"))
     name = f"w{which}_scale"
@@ -208,7 +214,8 @@ def weight_of(
             raise ValueError(f"w{which}_zp must be None for scales of {rows} rows")
     if scale is None:
         scale, rows, cols = xp.ones((shape[0], 1, 1), np.float32), shape[1], shape[2]
-    stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, rows, cols)
+    integers = rows_before is not None and rows_before.scheme == "int8" and rows_before.cols == -1
+    stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, rows, cols, integers)
     return Weight(stored, _with_alphas(xp, which, factor, alphas, shape))
 
 

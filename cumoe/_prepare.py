@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from cumoe import _arrays
 from cumoe._arrays import Array
 from cumoe._experts import Experts, make_experts, weight_arrays
 from cumoe._kernel_choice import choose_kernel
+from cumoe._layer_scheme import Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,8 @@ def prepare(
     -----
     Reads and writes all weights once; the packed form has their size, rounded up to whole panels. On the GPU
     it is a copy in one piece: the kernels read rows as they are, and bring gates and ups together as they load.
-    Quantised weights stay codes; their scales become what the kernels read.
+    Quantised weights stay codes, and their scales become what the kernels read; on a CPU with AVX-512 both are packed
+    into panels, for the kernels that multiply codes.
 
     Examples
     --------
@@ -183,15 +185,30 @@ def _prepare_quantised(
     """Codes as they are, everything that belongs to them checked and converted, in memory of its own."""
     if backend is not None:
         raise ValueError("backend must be None for quantised weights: codes serve every kernel; name it in the call")
+    experts = _packed(xp, experts)
     if out is None:
-        return PreparedExperts(_with_arrays(experts, [array.copy() for array in _arrays_of(experts)]))
+        return PreparedExperts(experts)
     _must_match(out, experts, place)
     old, new = _arrays_of(out.experts), _arrays_of(experts)
-    if [(array.shape, array.dtype) for array in old] != [(array.shape, array.dtype) for array in new]:
+    same = [(array.shape, array.dtype) for array in old] == [(array.shape, array.dtype) for array in new]
+    if not same or _names_of(out.experts) != _names_of(experts):
         raise ValueError("out must have been prepared with scales and zero points of the same shapes; prepare it anew")
     for into, array in zip(old, new, strict=True):
         into[...] = array
     return out
+
+
+def _packed(xp: ModuleType, e: Experts) -> Experts:
+    """Quantised weights in memory of their own, codes in the order in which the kernels of the side read them."""
+    pack, scheme, packed = _arrays.room(xp, "pack").pack_codes, cast(Scheme, e.scheme), {}
+    for name, k, gated in (("w1", e.hidden_size, e.is_gated), ("w2", e.intermediate_size, False)):
+        packed[name] = pack(getattr(e, name), getattr(scheme, name).format, k, gated, e.is_interleaved and gated)
+    without = {name: getattr(scheme, name)._replace(format=None) for name in packed}
+    rest = e._replace(w1=None, w2=None, scheme=scheme._replace(**without))
+    own = _with_arrays(rest, [array.copy() for array in _arrays_of(rest)])
+    with_formats = {name: getattr(own.scheme, name)._replace(format=form) for name, (_, form) in packed.items()}
+    codes = {name: codes for name, (codes, _) in packed.items()}
+    return own._replace(scheme=own.scheme._replace(**with_formats), **codes)
 
 
 def _arrays_of(thing: Any) -> list[Any]:
@@ -199,6 +216,12 @@ def _arrays_of(thing: Any) -> list[Any]:
     if hasattr(thing, "shape"):
         return [thing]
     return [array for part in thing for array in _arrays_of(part)] if hasattr(thing, "_fields") else []
+
+
+def _names_of(e: Experts) -> list[tuple[Any, ...]]:
+    """What says how each weight is read, beside its arrays."""
+    formats = (getattr(e.scheme, name).format for name in ("w1", "w2"))
+    return [(f.rule, f.scale_dtype, f.group_rows, f.group_cols, f.panels) for f in formats]
 
 
 def _with_arrays(thing: Any, new: list[Any]) -> Any:

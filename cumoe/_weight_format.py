@@ -18,3 +18,5 @@ class WeightFormat(NamedTuple):
     global_scale: Any  # (E,) float32, what `formats.decode` takes: ones
     group_rows: int
     group_cols: int
+    integer_rows: bool = False  # the rows that are multiplied are int8 codes, their scales factors of the sums
+    panels: Any = None  # how the codes and all that belongs to them are packed; None: they are not

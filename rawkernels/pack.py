@@ -40,8 +40,8 @@ def refusal(kernel, dtype, hidden_size, intermediate_size, aligned, scaled):
     return None
 
 
-def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled):
-    """Name of the fastest kernel here that adds exact products; raises where none runs."""
+def best_kernel(dtype, hidden_size, intermediate_size, aligned, scaled, coded=False):
+    """Name of the fastest kernel here that adds exact products, of codes too; raises where none runs."""
     _load.architecture()
     sizes = dtype, hidden_size, intermediate_size, aligned, scaled
     return next(kernel for kernel in _EXACT if refusal(kernel, *sizes) is None)
@@ -70,3 +70,14 @@ def panel_shape(weights_shape, dtype, kernel, gated):
 def pack_weights(weights, dtype, kernel, gated, interleaved, out):
     """Copy (E, N, K) of any strides into `out` of `panel_shape`; `dtype` names what the bits of `weights` mean."""
     out[...] = weights
+
+
+def multiplies_codes(kernel):
+    """Whether `kernel` reads what `pack_codes` makes."""
+    return True
+
+
+def pack_codes(codes, weight_format, k, gated, interleaved):
+    """Codes and their format in memory of their own; every kernel reads them as they are."""
+    arrays = {name: array.copy() for name, array in weight_format._asdict().items() if hasattr(array, "shape")}
+    return codes.copy(), weight_format._replace(**arrays)

@@ -3,13 +3,15 @@
 from typing import NamedTuple
 
 import numpy as np
-from products import GPU_KERNELS, bits, make_product, on_side
+from products import GPU_KERNELS, assert_within, bits, law, make_product, on_side
 from sides import back
 
 from cumoe import _arrays
 from cumoe._weight_format import WeightFormat
+from cumoe.cpu import coded_panels
+from cumoe.reference import formats, quantised
 
-__all__ = ["FORMATS", "GPU_KERNELS", "Format", "coded_product", "on_every_tile"]
+__all__ = ["FORMATS", "GPU_KERNELS", "Format", "assert_right", "coded_product", "on_every_tile"]
 
 PACKED = ("int4", "mxfp4", "nvfp4")
 
@@ -70,13 +72,23 @@ class Coded(NamedTuple):
     codes: object
     numbers: object
     worth: np.ndarray  # the numbers
+    exact: object  # the product of exact numbers, as `products.Product`
 
 
 def coded_product(xp, seed, how, dtype, kernel, num_tokens, outputs, k, activation="", num_experts=3, **parts):
-    """Put a product of codes to `xp`; `parts` are those of `make_product`, and `block_rows`."""
+    """
+    Put a product of codes to `xp`; `parts` are those of `make_product`, `block_rows`, and `integer_rows`.
+
+    With `integer_rows`, rows are integers of -127 to 127.
+    """
+    integer_rows = parts.pop("integer_rows", False)
     other = {name: parts.pop(name) for name in ("block_rows",) if name in parts}
     p = make_product(seed, num_tokens, 2, num_experts, outputs, k, dtype, activation, **parts)
+    if integer_rows:
+        p = p._replace(x=np.clip(np.nan_to_num(p.x.astype("f4") * 40).round(), -127, 127).astype(dtype))
     codes, form = coded(seed, p.weights.shape, how, dtype)
+    form = form._replace(integer_rows=integer_rows)
+    exact = p._replace(weights=np.stack([weights_of(codes, form).numbers(e) for e in range(num_experts)]))
     codes = xp.asarray(codes.view(np.int8) if how.rule == "int8" else codes)
     arrays = {name: getattr(form, name) for name in ("scale", "zero_points", "global_scale")}
     form = form._replace(**{name: None if array is None else xp.asarray(array) for name, array in arrays.items()})
@@ -85,7 +97,28 @@ def coded_product(xp, seed, how, dtype, kernel, num_tokens, outputs, k, activati
     _arrays.room(xp, "formats").decode(codes, *given, form.rule, dtype, numbers)
     worth = back(numbers).view(dtype)
     plain = on_side(xp, p._replace(weights=worth), dtype, kernel, **other)
-    return Coded(plain._replace(weights=codes, weight_format=form), plain, worth)
+    return Coded(plain._replace(weights=codes, weight_format=form), plain, worth, exact)
+
+
+def weights_of(codes, form):
+    """Codes and their format in the words of the law."""
+    codes = formats.unpack(codes, -1) if form.rule in PACKED else codes.view(np.int8) if form.rule == "int8" else codes
+    given = form.scale, form.zero_points, form.group_rows, form.group_cols, np.empty((0, 0))
+    return quantised.Weights(form.rule, codes, *given)
+
+
+def assert_right(product):
+    """
+    The bits of the product of the numbers; or, where codes are multiplied as they are, exact ones within the bound.
+    """
+    side = product.codes
+    out = side()
+    k = product.exact.x.shape[1]
+    if isinstance(side.x, np.ndarray) and coded_panels.layout(side.weight_format, k, side.kernel):
+        assert_within(out, law(product.exact, side.kernel))
+    else:
+        assert out.tobytes() == product.numbers().tobytes()
+    return out
 
 
 def on_every_tile(xp, kernel, dtype, heights):

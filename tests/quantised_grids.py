@@ -21,6 +21,8 @@ from sides import back, bits, on
 
 import cumoe
 from cumoe import _arrays
+from cumoe._weight_format import WeightFormat
+from cumoe.cpu import coded_panels, pack
 from cumoe.reference import experts, quantised
 from cumoe.reference.experts import Bounded
 from cumoe.reference.rounding import gamma, rounded, unit
@@ -69,6 +71,18 @@ class Layer:
         self.has_bias, self.placed = bias > 0, {}
         self.rows = self.rows_of_both(size, x_size)
         self.between, self.outputs = functools.cache(self.expert_between), functools.cache(self.expert_outputs)
+        self.rounds = True
+
+    def go_to(self, xp):
+        """Let the rounded law be that of a side: the host may multiply codes as they are, and round no weight."""
+        rule, (rows, cols), zeros = self.kind.rule, self.kind.group, self.kind.zeros or None
+        form = WeightFormat(rule, np.zeros((1, 2, 2), np.float32), "float32", zeros, None, rows, cols)
+        kernel = pack.best_kernel(self.dtype.name, self.k, self.n, True, False, coded=True)
+        rounds = xp is not np or coded_panels.layout(form, self.k, kernel) is None
+        if rounds != self.rounds:
+            self.rounds = rounds
+            self.between.cache_clear()
+            self.outputs.cache_clear()
 
     def judged(self, m):
         """The first and the last token; where one scale serves all, all tokens."""
@@ -137,7 +151,7 @@ class Layer:
             x, factor = stored(numbers.value, self.dtype), row_factor.value
         for weights, bias in self.pieces(which, i):
             numbers = weights.numbers(0)
-            numbers = stored(numbers, self.dtype) if weights.scale.size else numbers
+            numbers = stored(numbers, self.dtype) if weights.scale.size and self.rounds else numbers
             y = experts.times(x, numbers) * (factor * weights.factors(0))
             parts.append(y if bias is None else y + bias)
         return np.concatenate(parts, axis=1)
@@ -259,6 +273,7 @@ def route(xp, layer, m, e, topk, ep_size, renormalize, whole):
 
 def judge(xp, layer, m, e, topk, *, ep_size=1, renormalize=False, last=True, shelves=False):
     """Run a cell of a grid; the judged rows of the result, and the law for them."""
+    layer.go_to(xp)
     whole = xp is not np or m * layer.k <= (MANY if last else FEW)
     routed = route(xp, layer, m, e, topk, ep_size, renormalize, whole)
     w1, w2, config = layer.put(xp, e // ep_size)

@@ -11,10 +11,12 @@ import pytest
 from rich.console import Console
 
 import cumoe
-from cumoe.bench import ceilings, cpu, peers, results, shapes, timing
+from cumoe.bench import ceilings, cpu, cpu_check, cpu_contenders, cpu_tables, peers, results, schemes, shapes, timing
 
 ROOT = Path(__file__).parents[1]
 TINY = shapes.SHAPES["tiny"]
+EVERYONE = cpu_contenders.PEERS
+TWO = tuple(peer for peer in peers.PEERS if peer.name in ("torch loop", "NumPy loop"))
 
 
 def quiet():
@@ -34,58 +36,119 @@ def readme_script():
 @pytest.fixture
 def quick(monkeypatch):
     """Make the parts of the suite that take long short."""
-    limits = ceilings.Ceilings(10.0, 1 << 20, 100.0, "named here", 2)
-    monkeypatch.setattr(ceilings, "measure", lambda dtype, available_bytes=None: limits)
+
+    def measure(products, available_bytes=None):
+        return ceilings.Ceilings(10.0, 1 << 20, 100.0, f"named here, {products}", 2)
+
+    monkeypatch.setattr(ceilings, "measure", measure)
+    monkeypatch.setattr(cpu_contenders, "PEERS", TWO)
     monkeypatch.setattr(timing, "_BURST", 3)
     monkeypatch.setattr(timing, "compare", functools.partial(timing.compare, gap_s=0.0, max_rounds=5))
 
 
 def run_suite(folder, console=None, **options):
-    options = {"shape_names": ["tiny"], "num_tokens": [1, 20], "dtypes": ["float32"], "budget_s": 0.01, **options}
+    small = {"shape_names": ["tiny"], "num_tokens": [1, 20], "dtypes": ["float32"], "routings": ["uniform"]}
+    options = {**small, "budget_s": 0.01, **options}
     return cpu.run(console or quiet(), output=folder, **options)
 
 
-def test_the_suite_writes_every_case(quick, tmp_path):
+def test_the_suite_writes_every_case(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_contenders, "PEERS", EVERYONE)
     console = quiet()
-    path = run_suite(tmp_path, console, dtypes=["bfloat16", "float32"], routings=["uniform", "skewed"])
+    dtypes = "bfloat16", "int4 w4a16"
+    path = run_suite(tmp_path, console, dtypes=dtypes, routings=["uniform", "skewed"])
     facts, rows = results.read(path)
     assert facts["suite"] == "cpu"
     assert {"date", "commit", "command", "cpu model", "cpu instruction sets", "kernel bfloat16"} <= facts.keys()
     assert facts["version cumoe"] == cumoe.__version__ and facts["version numba"]
-    methods = {"cumoe", *(peer.name for peer in peers.PEERS if not peer.missing("bfloat16"))}
+    installed = {peer.needs[-1] for peer in EVERYONE if importlib.util.find_spec(peer.needs[-1])}
+    assert ("version transformers" in facts) == ("transformers" in installed)
+    assert ("version zentorch" in facts) == ("zentorch" in installed)
     found = {(row["dtype"], row["routing"], row["T"], row["mode"], row["method"]) for row in rows}
     cells = [("1", "gaps"), ("1", "back-to-back"), ("20", "gaps")]
     assert found == {
         (dtype, routing, num_tokens, mode, method)
-        for dtype in ("bfloat16", "float32")
+        for dtype in dtypes
         for routing in ("uniform", "skewed")
         for num_tokens, mode in cells
-        for method in methods
+        for method in methods(dtype, int(num_tokens))
     }
     assert len(rows) == len(found)
     for row in rows:
-        assert float(row["time_us"]) > 0
-        assert float(row["relative_error"]) <= peers.TOLERANCE[row["dtype"]]
+        scheme = schemes.SCHEMES[row["dtype"]]
+        assert 0 < float(row["best_us"]) <= float(row["time_us"])
+        assert float(row["relative_error"]) <= cpu_check.ROUNDED_TOLERANCE
         assert (row["method"] != "cumoe") or row["ratio_to_cumoe"] == "1.000"
-        flops = TINY.flops(int(row["T"]))
-        assert float(row["gflops"]) == pytest.approx(flops / float(row["time_us"]) * 1e-3, rel=0.02, abs=0.06)
+        seconds, flops = float(row["time_us"]) * 1e-6, TINY.flops(int(row["T"]))
+        num_bytes = scheme.moved_bytes(TINY, int(row["T"]), round(float(row["experts_hit"])))
+        assert float(row["gflops"]) == pytest.approx(flops / seconds * 1e-9, rel=0.02, abs=0.06)
+        assert float(row["gbs"]) == pytest.approx(num_bytes / seconds * 1e-9, rel=0.02, abs=0.006)
+        assert (row["peak_kernel"], row["peak_gflops"]) == (f"named here, {scheme.products}", "100.0")
     printed = console.file.getvalue()
     assert "tiny, bfloat16, uniform routing, back-to-back" in printed and str(path) in printed
+    assert "named here, bfloat16 micro-kernel 100 GFLOP/s" in printed
+
+
+def methods(scheme, num_tokens):
+    """Those that take part here."""
+    return {
+        "cumoe",
+        *(
+            peer.name
+            for peer in EVERYONE
+            if not peer.missing(scheme)
+            and num_tokens <= (peer.most_tokens or num_tokens)
+            and peer.name not in ("vLLM SGL w4a8", "ggml q4_K")  # the shape is too small for them
+        ),
+    }
+
+
+def test_weights_are_prepared_once_for_all_routings(quick, tmp_path, monkeypatch):
+    makes = []
+
+    def make(w1, w2):
+        makes.append(w1)
+        return lambda x, topk_weights, topk_ids: cumoe.fused_experts(x, w1, w2, topk_weights, topk_ids)
+
+    peer = peers.Peer("twin", "", ("numpy",), ("float32",), make, peers.nothing_copied)
+    monkeypatch.setattr(cpu_contenders, "PEERS", (peer,))
+    _, rows = results.read(run_suite(tmp_path, routings=["uniform", "skewed"], num_tokens=[20]))
+    assert len(makes) == 1
+    assert [(row["routing"], row["method"]) for row in rows] == [
+        (routing, method) for routing in ("uniform", "skewed") for method in ("twin", "cumoe")
+    ]
 
 
 def test_a_peer_with_wrong_results_or_errors_is_left_out_and_named(quick, tmp_path, monkeypatch):
     def fails(x, topk_weights, topk_ids):
         raise RuntimeError("no [such] kernel\nand more")
 
-    liar = peers.Peer("liar", "", "numpy", ("float32",), lambda w1, w2: lambda x, *routed: 2 * x, lambda dtype: 0.0)
-    broken = peers.Peer("broken", "", "numpy", ("float32",), lambda w1, w2: fails, lambda dtype: 0.0)
-    monkeypatch.setattr(peers, "PEERS", (liar, broken))
+    def peer(name, make):
+        return peers.Peer(name, "", ("numpy",), ("float32",), make, peers.nothing_copied)
+
+    liar, broken = peer("liar", lambda w1, w2: lambda x, *routed: 2 * x), peer("broken", lambda w1, w2: fails)
+    monkeypatch.setattr(cpu_contenders, "PEERS", (liar, broken))
     console = quiet()
     _, rows = results.read(run_suite(tmp_path, console))
     assert {row["method"] for row in rows} == {"cumoe"}
     printed = console.file.getvalue()
     assert re.search(r"without liar at T = 20: relative error [\d.]+", printed)
     assert "without broken at T = 20: no [such] kernel\n" in printed
+
+
+def test_the_table_has_every_ratio_and_the_best():
+    def row(method, num_tokens, ratio):
+        cells = {"shape": "s", "dtype": "d", "routing": "r", "T": num_tokens, "mode": "gaps", "method": method}
+        numbers = {"gflops": "1.0", "gbs": "2.00", "of_floor": "0.500", "bound": "memory"}
+        return {**cells, **numbers, "time_us": str(2000 * ratio), "ratio_to_cumoe": f"{ratio:.3f}"}
+
+    rows = [row("a", 1, 1.5), row("b", 1, 0.75), row("cumoe", 1, 1.0), row("a", 4, 3.0), row("cumoe", 4, 1.0)]
+    rows.append(row("cumoe", 16, 1.0))
+    (table,) = cpu_tables.ratio_tables(rows)
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["T"] == ["1", "4", "16"] and columns["cumoe ms"] == ["2.000"] * 3
+    assert columns["best peer / cumoe"] == ["[red]0.75[/red]", "3.00", "-"]
+    assert columns["a"] == ["1.50", "3.00", "-"] and columns["b"] == ["[red]0.75[/red]", "-", "-"]
 
 
 def test_wrong_results_of_our_own_stop_the_suite(quick, tmp_path, monkeypatch):
@@ -112,10 +175,10 @@ def test_what_memory_does_not_hold_is_skipped_and_said(quick, tmp_path, monkeypa
 def test_a_run_cut_short_leaves_what_it_has(quick, tmp_path, monkeypatch):
     run_block = cpu._run_block
 
-    def cut(console, shape, dtype, *more):
-        if dtype == "float32":
+    def cut(console, shape, scheme, *more):
+        if scheme.name == "float32":
             raise KeyboardInterrupt
-        return run_block(console, shape, dtype, *more)
+        return run_block(console, shape, scheme, *more)
 
     monkeypatch.setattr(cpu, "_run_block", cut)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 import cumoe
 from cumoe import _demo, _info, cli
-from cumoe.bench import ceilings, cpu, results, shapes, weights
+from cumoe.bench import ceilings, cpu, cpu_contenders, results, shapes, weights
 
 T, E, H, I, K = 7, 4, 32, 48, 2
 
@@ -25,7 +26,9 @@ T, E, H, I, K = 7, 4, 32, 48, 2
 def limits(monkeypatch):
     """Fixed machine ceilings, so that no test waits for a measurement."""
     fixed = ceilings.Ceilings(10.0, 1 << 20, 100.0, "avx", 2)
-    monkeypatch.setattr(ceilings, "measure", lambda dtype, available_bytes=None: fixed)
+    monkeypatch.setattr(ceilings, "measure", lambda products, available_bytes=None: fixed)
+    monkeypatch.setattr(cpu_contenders, "PEERS", ())
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     return fixed
 
 
@@ -364,6 +367,22 @@ def test_bench_writes_into_the_folder_that_is_named(limits, tmp_path, capsys):
     assert facts["suite"] == "cpu"
     assert {row["T"] for row in rows} == {"2"}
     assert "tiny, float32, uniform routing, gaps" in capsys.readouterr().out
+
+
+def test_bench_holds_weights_in_a_scheme_and_lets_torch_have_huge_pages(limits, tmp_path, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    words = "bench --shapes tiny --tokens 20 --seconds 0.01 --output".split()
+    assert cli.main([*words, str(tmp_path), "--dtypes", "int8 w8a8", "mxfp4 w4a16"]) == 0
+    (path,) = tmp_path.iterdir()
+    cells = [(row["dtype"], row["routing"]) for row in results.read(path)[1]]
+    assert cells == [(dtype, kind) for dtype in ("int8 w8a8", "mxfp4 w4a16") for kind in ("uniform", "skewed")]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
+def test_the_gpu_suite_has_no_schemes(capsys):
+    assert cli.main(["bench", "--suite", "gpu", "--dtypes", "float16", "int8 w8a8"]) == 2
+    message = "dtypes must be of bfloat16, float16, float32 for suite gpu, got 'int8 w8a8'"
+    assert message in capsys.readouterr().err
 
 
 def test_bench_ends_with_1_when_the_result_is_wrong(monkeypatch, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from coded_products import FORMATS, Format, coded_product
+from coded_products import FORMATS, Format, assert_right, coded_product, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from products import (
@@ -80,14 +80,12 @@ def test_a_factor_of_another_row_is_noticed(xp, dtype, kernel):
 def check_codes(xp, dtype, kernel, how, activation="", **parts):
     odd = 224 if kernel == "wgmma" else 200  # its rows of codes begin at multiples of 16 bytes
     for num_tokens, outputs, k in ((1, 8, 32), (3, 72, odd), (200, 136, 64)):
-        product = coded_product(xp, k, how, dtype, kernel, num_tokens, outputs, k, activation, **parts)
-        out = product.codes()
-        assert out.tobytes() == product.numbers().tobytes()
+        assert_right(coded_product(xp, k, how, dtype, kernel, num_tokens, outputs, k, activation, **parts))
 
 
 @on_kernels([*FASTEST, *ON_GPU])
 @pytest.mark.parametrize("how", FORMATS, ids=str)
-def test_codes_give_the_bits_of_their_numbers(xp, dtype, kernel, how):
+def test_codes_give_what_their_numbers_give(xp, dtype, kernel, how):
     check_codes(xp, dtype, kernel, how)
 
 
@@ -102,16 +100,30 @@ def test_codes_of_many_experts_and_in_place(xp, dtype, kernel):
     """Few of them have rows: what no expert needs is not read."""
     for num_experts, num_tokens in ((75, 11), (33, 1), (1, 40)):
         parts = {"num_experts": num_experts, "in_place": True, "output_scale": True}
-        product = coded_product(xp, 1, FORMATS[0], dtype, kernel, num_tokens, 40, 160, **parts)
-        assert product.codes().tobytes() == product.numbers().tobytes()
+        assert_right(coded_product(xp, 1, FORMATS[0], dtype, kernel, num_tokens, 40, 160, **parts))
+
+
+INTEGERS = [Format("int8"), Format("uint8"), Format("int4", 1, 32), Format("int8", 1, 40)]
+
+
+@on_kernels(FASTEST)
+@pytest.mark.parametrize("how", INTEGERS, ids=str)
+def test_rows_that_are_integers(xp, dtype, kernel, how):
+    """The largest codes of 6000 columns: the sums are near the ends of int32, and exact."""
+    check_codes(xp, dtype, kernel, how, "silu", integer_rows=True, row_factor=True, column_factor=True)
+    product = coded_product(xp, 1, how, dtype, kernel, 9, 8, 6000, integer_rows=True)
+    product.codes.x[...] = bits(xp, np.full(product.exact.x.shape, 127, dtype))
+    product.codes.weights[...] = {"int8": -128, "uint8": 255}.get(how.rule, 0)
+    exact = product.exact._replace(x=product.codes.x.view(dtype))
+    numbers = [weights_of(product.codes.weights, product.codes.weight_format).numbers(e) for e in range(3)]
+    assert_right(product._replace(exact=exact._replace(weights=np.stack(numbers))))
 
 
 @on_kernels([("numpy", *one) for one in CPU_KERNELS[:1]])
 def test_odd_sizes_and_rows_that_lie_anywhere(xp, dtype, kernel):
     how = Format("fp8", 5, 7)
     product = coded_product(xp, 1, how, dtype, kernel, 30, 37, 51, "silu")
-    out = product.codes()
-    assert out.tobytes() == product.numbers().tobytes()
+    out = assert_right(product)
     wide = np.zeros((6, 80, 102), np.uint8)
     wide[::2, 3:77, ::2] = product.codes.weights
     assert product.codes._replace(weights=wide[::2, 3:77, ::2])().tobytes() == out.tobytes()

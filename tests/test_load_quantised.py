@@ -33,15 +33,20 @@ def same_config(found, wanted):
                 assert one == other, (name, field.name)
 
 
-def run(xp, experts, config, x, weights, ids, **named):
-    """Codes and a config of NumPy arrays on a side."""
+def config_on(xp, config):
+    """A config of NumPy arrays on a side."""
     parts = ("scale", "alpha_or_gscale", "zp", "bias")
     descs = {}
     for name in ("_a1", "_a2", "_w1", "_w2"):
         desc = getattr(config, name)
         descs[name] = dataclasses.replace(desc, **{part: on(xp, getattr(desc, part)) for part in parts})
-    config = dataclasses.replace(config, **descs)
-    return cumoe.fused_experts(x, *(on(xp, w) for w in experts), weights, ids, quant_config=config, **named)
+    return dataclasses.replace(config, **descs)
+
+
+def run(xp, experts, config, x, weights, ids, **named):
+    """Codes and a config of NumPy arrays on a side."""
+    named["quant_config"] = config_on(xp, config)
+    return cumoe.fused_experts(x, *(on(xp, w) for w in experts), weights, ids, **named)
 
 
 @each_kind
@@ -53,8 +58,10 @@ def test_the_layer_is_what_was_written(xp, kind, tmp_path):
     wanted = kind.config(experts, places[:-1])
     same_config(layer.quant_config, wanted)
     codes = stacked(experts)
-    for found, code in zip((layer.experts.experts.w1, layer.experts.experts.w2), codes, strict=True):
-        assert bits(back(found)).tobytes() == bits(code).tobytes()
+    prepared = cumoe.prepare(*(on(xp, code) for code in codes), quant_config=config_on(xp, wanted))
+    for name in ("w1", "w2"):
+        found, packed = (getattr(one.experts, name) for one in (layer.experts, prepared))
+        assert bits(back(found)).tobytes() == bits(back(packed)).tobytes()
     assert layer.dtype == "bfloat16"
 
     x = on(xp, tokens(kind))

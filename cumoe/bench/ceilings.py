@@ -41,16 +41,16 @@ class Ceilings:
         return "memory" if num_bytes / self.stream_gbs >= flops / self.peak_gflops else "compute"
 
 
-def measure(dtype: str, available_bytes: int | None = None) -> Ceilings:
+def measure(products: str, available_bytes: int | None = None) -> Ceilings:
     """
-    Measure both limits of this machine's CPU for matrices of `dtype`; takes about two seconds.
+    Measure both limits of this machine's CPU for products of a dtype or "int8"; takes about two seconds.
 
     The streamed array takes at most a quarter of `available_bytes` and is freed at once.
     """
     import numba
 
     stream, num_bytes = stream_read(stream_bytes(available_bytes))
-    peak, kernel = matmul_peak(dtype)
+    peak, kernel = int8_peak() if products == "int8" else matmul_peak(products)
     return Ceilings(stream, num_bytes, peak, kernel, numba.get_num_threads())
 
 
@@ -109,6 +109,12 @@ def matmul_peak(dtype: str) -> tuple[float, str]:
     return max(gflops), kernel.name
 
 
+def int8_peak() -> tuple[float, str]:
+    """Peak of int8 products: that of bfloat16 ones, and named so, until there is a micro-kernel to measure."""
+    gflops, name = matmul_peak("bfloat16")
+    return gflops, f"{name} of bfloat16"
+
+
 def _best(run: Callable[[], object], budget_s: float) -> float:
     """Seconds of the fastest of at least three runs: a ceiling is what the machine does undisturbed."""
     times: list[float] = []
@@ -130,10 +136,12 @@ def _stream_loop() -> Any:
         pieces = 64
         sums = np.zeros(pieces, np.uint64)
         for piece in prange(pieces):
+            # Indices that start at 0 are never negative: others are looked at one by one, and gathered.
+            part = values[piece * values.size // pieces : (piece + 1) * values.size // pieces]
             # Integers, because a float sum keeps its order and so its latency.
             one = np.uint64(0)
-            for i in range(piece * values.size // pieces, (piece + 1) * values.size // pieces):
-                one += values[i]
+            for i in range(part.size):
+                one += part[i]
             sums[piece] = one
         return sums
 
@@ -168,7 +176,7 @@ prange: Any = None
 
 def _repeat(a, a_stride, panel, steps, sums, repeats):  # type: ignore[no-untyped-def]
     for _ in range(repeats):
-        tile(max_rows, a, a_stride, panel, steps, sums.ctypes.data, sums.nbytes // 2, 0, panel, 0)
+        tile(max_rows, a, a_stride, panel, steps, sums.ctypes.data, sums.nbytes // 2, 0, panel, 0, 0, 0, 0, 0)
     release()
 
 

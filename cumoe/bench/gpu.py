@@ -37,6 +37,7 @@ from cumoe.bench.timing import Timing
 SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next", "dsv3-ep", "dsv3-tp8")
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 DTYPES = ("bfloat16",)
+ROUTINGS = ("uniform",)
 PARTS = ("ceilings", "layer", "operations")
 ALL_PARTS = (*PARTS, "stages")
 SUSTAINED_S = 1.5
@@ -54,7 +55,7 @@ class Options:
     shape_names: Sequence[str] = SHAPES
     num_tokens: Sequence[int] = TOKENS
     dtypes: Sequence[str] = DTYPES
-    routings: Sequence[str] = ("uniform",)
+    routings: Sequence[str] = ROUTINGS
     repeats: int = REPEATS
     sustained_s: float = SUSTAINED_S
     peers: bool = True

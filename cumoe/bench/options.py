@@ -1,12 +1,13 @@
 """Arguments of `cumoe bench`, and the suite that they start."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from cumoe.bench import cpu, gpu, shapes
+from cumoe.bench import cpu, gpu, schemes, shapes
 from cumoe.bench.gpu_timing import REPEATS
 
 SUITES = ("cpu", "gpu")
@@ -32,17 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes",
         nargs="+",
-        choices=shapes.DTYPES,
+        choices=schemes.SCHEMES,
         metavar="DTYPE",
-        help=f"of {', '.join(shapes.DTYPES)}; default: {' '.join(cpu.DTYPES)}, for gpu {' '.join(gpu.DTYPES)}",
+        help=f"of {', '.join(map(repr, schemes.SCHEMES))}, for gpu the first {len(shapes.DTYPES)}; "
+        f"default: {' '.join(cpu.DTYPES)}, for gpu {' '.join(gpu.DTYPES)}",
     )
     parser.add_argument(
         "--routings",
         nargs="+",
         choices=shapes.ROUTINGS,
-        default=("uniform",),
         metavar="KIND",
-        help=f"of {', '.join(shapes.ROUTINGS)}; default: uniform",
+        help=f"of {', '.join(shapes.ROUTINGS)}; default: {' '.join(cpu.ROUTINGS)}, for gpu {' '.join(gpu.ROUTINGS)}",
     )
     parser.add_argument(
         "--seconds",
@@ -79,13 +80,16 @@ def run(console: Console, options: argparse.Namespace) -> int:
     """Run the suite that the options name; 1 if a result was wrong or a case failed."""
     if options.suite == "cpu":
         return _run_cpu(console, options)
+    quantised = [name for name in options.dtypes or () if name not in shapes.DTYPES]
+    if quantised:
+        raise ValueError(f"dtypes must be of {', '.join(shapes.DTYPES)} for suite gpu, got {quantised[0]!r}")
     problems = gpu.run(
         console,
         gpu.Options(
             shape_names=options.shapes or gpu.SHAPES,
             num_tokens=options.tokens or gpu.TOKENS,
             dtypes=options.dtypes or gpu.DTYPES,
-            routings=options.routings,
+            routings=options.routings or gpu.ROUTINGS,
             repeats=options.repeats,
             sustained_s=gpu.SUSTAINED_S if options.seconds is None else options.seconds,
             peers=options.peers == "installed",
@@ -100,13 +104,15 @@ def run(console: Console, options: argparse.Namespace) -> int:
 
 
 def _run_cpu(console: Console, options: argparse.Namespace) -> int:
+    # NumPy asks for huge pages, torch only when told so before it starts: weights of all contenders get them
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         cpu.run(
             console,
             options.shapes or cpu.SHAPES,
             options.tokens or cpu.TOKENS,
             options.dtypes or cpu.DTYPES,
-            options.routings,
+            options.routings or cpu.ROUTINGS,
             budget_s=4.0 if options.seconds is None else options.seconds,
             output=options.output,
             commit=options.commit,

@@ -1,0 +1,155 @@
+"""
+Products with panels of codes, which become numbers in the registers of the micro-kernel (`coded_panels`).
+
+Codes are multiplied as they are; scales of groups along K meet the float32 sums of their group. Rows of int8 codes and
+integer weights are multiplied in integers, exactly: the unsigned weights are too large by 128 or 8, and what that adds
+to a row's sums is taken off where they begin.
+"""
+
+import functools
+
+import numpy as np
+
+from cumoe.cpu import _intrinsics, _vector_tile, coded_panels, pack
+from cumoe.cpu._jit import jit
+from cumoe.cpu.bits import CODECS
+from cumoe.cpu.epilogue import epilogue
+
+_PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
+_TOO_LARGE = {"bytes": 128, "nibbles": 8}
+
+
+def row_bytes(made, k, kernel):
+    """Bytes of a row of the block that a task gathers, with what its sums begin with."""
+    if made.is_integer:
+        return made.k_padded(k) + 4 * made.groups(k)
+    return made.k_padded(k) * (2 if kernel.row_dtype == "bfloat16" else 4)
+
+
+@functools.cache
+def worker(made, kernel, dtype, activation, rule):
+    """The compiled loop of one thread over tasks; `rule` is that of codes that are not packed, else ""."""
+    tile = made.tile(kernel.row_dtype == "bfloat16")
+    most = max(1, _PANEL_BYTES // made.step_bytes)
+    sizes = {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
+    multiply = jit(
+        tile=_vector_tile.emit(tile),
+        max_rows=tile.max_rows,
+        row_step_bytes=4 * tile.row_words,
+        steps_per_pass=max(1, most // made.group_steps) * made.group_steps if made.group else most,
+        ahead_bytes=kernel.ahead_bytes,
+        is_integer=made.is_integer,
+        **sizes,
+    )(_multiply_codes)
+    integers = jit(load=CODECS[dtype][0], group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
+    return jit(
+        multiply=multiply,
+        load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
+        pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
+        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2),
+        **sizes,
+    )(_work_codes)
+
+
+@jit()
+def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
+    """Panels that are packed already."""
+
+
+# ---- templates; jit(...) gives the names below their values ----
+
+max_rows = row_step_bytes = steps_per_pass = ahead_bytes = group = group_bytes = too_large = 0
+step = step_bytes = 1
+is_integer = False
+tile = load = multiply = load_rows = pack_one = finish = None
+
+
+def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
+    """Rows of int8 codes, and behind all rows what the sums of each row and group begin with."""
+    k_size, width = x.shape[1], group if group else k_padded
+    parts = (k_padded + width - 1) // width
+    room = target.view(np.int8)
+    starts = room[room.size // (k_padded + 4 * parts) * k_padded :].view(np.int32)
+    for r in range(rows):
+        pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
+        line = x[pair_id // top_k if top_k else row0 + r]
+        row = room[r * k_padded : (r + 1) * k_padded]
+        for k in range(k_size):
+            row[k] = np.int8(np.int32(load(line[k])))
+        row[k_size:] = 0
+        for part in range(parts):
+            total = np.int32(0)
+            for k in range(part * width, min((part + 1) * width, k_padded)):
+                total += np.int32(row[k])
+            starts[r * parts + part] = np.int32(-too_large) * total
+
+
+def _multiply_codes(rows, row_block, panel, k_padded, more, sums):
+    """``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile."""
+    a = row_block.ctypes.data
+    stride = k_padded * (1 if is_integer else row_block.itemsize)
+    starts = a + sums.shape[1] * stride
+    steps, group_steps = k_padded // step, group // step
+    groups = (k_padded + group - 1) // group if group else 1
+    scales = panel + steps * step_bytes
+    half = sums.shape[1] * sums.shape[2] * 4
+    blocks = (rows + max_rows - 1) // max_rows
+    lines = (step_bytes // 64 + blocks - 1) // blocks
+    piece_steps = steps if blocks == 1 else steps_per_pass
+    for first in range(0, steps, piece_steps):
+        count = min(piece_steps, steps - first)
+        first_group = first // group_steps if group else 0
+        piece = panel + first * step_bytes
+        first_row = 0
+        for block in range(blocks):
+            block_rows = rows // blocks + (1 if block < rows % blocks else 0)
+            ahead, asked = piece, 0
+            if more and block * lines * 64 < step_bytes:
+                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
+                asked = lines
+            tile(
+                block_rows,
+                a + first_row * stride + first * row_step_bytes,
+                stride,
+                piece,
+                count,
+                sums.ctypes.data + first_row * sums.shape[2] * 4,
+                half,
+                first,
+                ahead,
+                asked,
+                scales + first_group * group_bytes,
+                group_steps,
+                starts + (first_row * groups + first_group) * 4,
+                groups * 4,
+            )
+            first_row += block_rows
+    if is_integer and group == 0:
+        whole = sums.view(np.int32)
+        for side in range(2):
+            for r in range(rows):
+                for c in range(sums.shape[2]):
+                    sums[side, r, c] = np.float32(whole[side, r, c])
+
+
+def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, codes):
+    """Take tasks until none is left."""
+    p = problem
+    outputs, is_packed = p.out.shape[1], panel_block.size == 0
+    panel_bytes = p.k_padded // step * step_bytes + ((p.k_padded + group - 1) // group * group_bytes if group else 0)
+    order = p.first_gate, p.first_up, p.distance, outputs, p.side
+    while True:
+        task = _intrinsics.next_task(counter)
+        if task >= tasks.shape[0]:
+            break
+        expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
+        load_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        for panel in range(first_panel, first_panel + tasks[task, 4]):
+            if is_packed:
+                address = p.weights.ctypes.data + (expert * p.weights.shape[1] + panel) * panel_bytes
+            else:
+                address = panel_block.ctypes.data
+                target = panel_block.view(np.uint8)
+                pack_one(p.weights, p.scale, p.zero_points, expert, panel, order, p.k_padded, target)
+            multiply(rows, row_block, address, p.k_padded, is_packed, sums)
+            finish(p, sums, codes, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
