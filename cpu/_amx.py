@@ -101,7 +101,7 @@ def _emit(
     step.add_incoming(constant(0), before)
     panel_step = builder.add(panel, builder.mul(step, constant(2 * _PANEL_BLOCK)))
     row_step = builder.add(a, builder.mul(step, constant(_GROUP_STEP)))
-    _ir.prefetch_step(builder, ahead, step, lines)
+    _ir.prefetch_step(builder, ahead, step, lines, 32)
     for h in (0, 1):
         _load(builder, _WEIGHTS[h], builder.add(panel_step, constant(_PANEL_BLOCK * h)), constant(64))
     for g in groups:

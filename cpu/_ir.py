@@ -70,13 +70,18 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
     return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
-def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, lines: ir.Value) -> None:
-    """Ask for the cache lines of this step, for the L2 cache; an address without memory does no harm."""
-    flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # read, locality 2, data
+def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, lines: ir.Value, most: int) -> None:
+    """Ask for the cache lines of this step, `most` at most, for L2; an address without memory does no harm."""
     first = builder.add(ahead, builder.mul(builder.mul(step, lines), constant(64)))
-    with cgutils.for_range(builder, lines) as line:
-        address = builder.add(first, builder.mul(line.index, constant(64)))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
+    _prefetch(builder, first)  # without lines: one that is there
+    if most > 1:
+        with cgutils.for_range(builder, builder.sub(lines, constant(1))) as line:
+            _prefetch(builder, builder.add(first, builder.mul(builder.add(line.index, constant(1)), constant(64))))
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # read, locality 2, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
 
 
 def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:

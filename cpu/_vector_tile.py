@@ -192,7 +192,7 @@ def _sum_over(
     step.add_incoming(first, before)
     acc = [[builder.phi(value.type) for value in row] for row in start]
     new = [list(row) for row in acc]
-    _ir.prefetch_step(builder, p.ahead, step, p.lines)
+    _ir.prefetch_step(builder, p.ahead, step, p.lines, tile.step_bytes // 64)
     address = builder.add(p.panel, builder.mul(step, constant(tile.step_bytes)))
     row_offset = builder.mul(step, constant(4 * tile.row_words))
     for part, weights in enumerate(_weights(builder, tile, address, origins)):

@@ -46,7 +46,7 @@ def worker(made, kernel, dtype, activation, rule):
         multiply=multiply,
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
         pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
-        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2),
+        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes),
         **sizes,
     )(_work_codes)
 
@@ -132,7 +132,7 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, sums):
                     sums[side, r, c] = np.float32(whole[side, r, c])
 
 
-def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, codes):
+def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, codes, edges):
     """Take tasks until none is left."""
     p = problem
     outputs, is_packed = p.out.shape[1], panel_block.size == 0
@@ -152,4 +152,5 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
                 target = panel_block.view(np.uint8)
                 pack_one(p.weights, p.scale, p.zero_points, expert, panel, order, p.k_padded, target)
             multiply(rows, row_block, address, p.k_padded, is_packed, sums)
-            finish(p, sums, codes, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
+            width = min(p.side, outputs - panel * p.side)
+            finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)

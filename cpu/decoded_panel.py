@@ -11,10 +11,16 @@ import numpy as np
 from cumoe.cpu import formats, pack
 from cumoe.cpu._jit import jit
 
+_NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")}
 
-def codes(weights, weight_format):
-    """The codes in the dtype that the rule reads."""
-    return weights.view(np.int8 if weight_format.rule == "int8" else np.uint8)
+
+def rows_of(weights, weight_format, multiplies_codes, dtype):
+    """Weights or codes as the loops take them, or empty ones of bits `dtype` beside panels of weights."""
+    if weights.ndim == 5:
+        return _NO_WEIGHTS[dtype]
+    if weight_format is None:
+        return weights
+    return weights.view(np.int8 if weight_format.rule == "int8" and not multiplies_codes else np.uint8)
 
 
 def arguments(weight_format):

@@ -5,21 +5,29 @@ The order is the reference's: ``h = (sum * (row factor * column factor) + bias) 
 activations, then the activation, rounded again. The sums of a panel are in the cache, the gate half and the up half
 (of a plain product: the first and the second half of the columns) each in one piece, so that the loops run
 over many consecutive elements and become vector code. `codes` holds the results before they are copied
-to their rows.
+to their rows. The usual activations stay in registers from the sums to the rows (`_vector_epilogue.py`).
 """
 
 import functools
 
 import numpy as np
 
-from cumoe.cpu import act
+from cumoe.cpu import _vector_epilogue, act
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
 
 @functools.cache
-def epilogue(activation, dtype, half):
-    """The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or ""."""
+def epilogue(activation, dtype, half, lanes):
+    """
+    The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or "".
+
+    It takes (problem, sums, codes, edges, expert, first row, rows, first output, outputs); `edges` is float32, as long
+    as `edge_size` says.
+    """
+    if _vector_epilogue.can_store(activation, dtype):
+        store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes))
+        return jit(finish=store, half=half, gated=bool(activation))(_in_registers)
     load, store = CODECS[dtype]
     if not activation:
         return jit(finish=jit(store=store)(_store), half=half)(_each_half)
@@ -28,13 +36,82 @@ def epilogue(activation, dtype, half):
     return jit(finish=finish, half=half)(template)
 
 
+def edge_size(rows, columns):
+    """Numbers that the rows and the columns of a tile are multiplied by, or that are added to them."""
+    return 2 * (rows + columns)
+
+
 # ---- templates; jit(...) gives the names below their values ----
 
 load = store = activate = finish = None
 half = 0
+gated = False
 
 
-def _each_half(problem, sums, codes, expert, row0, rows, column0, width):
+def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, width):
+    p = problem
+    room = sums.shape[1]
+    _put_rows(p, edges[:rows], edges[room : room + rows], row0)
+    columns = edges[2 * room :]
+    up = p.first_up if gated else p.first_gate
+    second = column0 if gated else column0 + half
+    _put_columns(p, columns[:half], columns[2 * half : 3 * half], expert, p.first_gate, column0)
+    _put_columns(p, columns[half : 2 * half], columns[3 * half :], expert, up, second)
+    full, size = half if gated else 2 * half, p.out.itemsize
+    target, stride = codes.ctypes.data, full * size
+    if width == full:
+        target, stride = p.out.ctypes.data + row0 * p.out.strides[0] + column0 * size, p.out.strides[0]
+    halves = sums.ctypes.data, room * half * 4, rows
+    finish(
+        *halves, edges.ctypes.data, room * 4, columns.ctypes.data, target, stride, p.alpha, p.beta, p.limit
+    )  # fmt: skip
+    if width < full:
+        _copy_rows(codes, full, p.out, row0, rows, column0, width)
+
+
+@jit()
+def _put_rows(problem, factors, scales, row0):
+    """Factor and scale of each row, 1 for what is not there."""
+    p = problem
+    factors[:] = np.float32(1)
+    scales[:] = np.float32(1)
+    if p.row_factor.size:
+        for r in range(factors.size):
+            factors[r] = p.row_factor[_source(p, row0 + r)]
+    if p.output_scale.size:
+        for r in range(scales.size):
+            scales[r] = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
+
+
+@jit()
+def _put_columns(problem, factors, biases, expert, first, column0):
+    """Factor and bias of each column that there is; 1, and -0, which changes no sum, for what is not there."""
+    p = problem
+    start = first + column0 * p.distance
+    if p.column_factor.shape[1] > 1:
+        count = min(factors.size, (p.column_factor.shape[1] - start + p.distance - 1) // p.distance)
+        for j in range(count):
+            factors[j] = p.column_factor[expert, start + j * p.distance]
+    else:
+        factors[:] = p.column_factor[expert, 0] if p.column_factor.size else np.float32(1)
+    if p.bias.size:
+        count = min(biases.size, (p.bias.shape[1] - start + p.distance - 1) // p.distance)
+        for j in range(count):
+            biases[j] = p.bias[expert, start + j * p.distance]
+    else:
+        biases[:] = np.float32(-0.0)
+
+
+@jit(inline=True)
+def _source(problem, row):
+    """The row of x that a row of the product is."""
+    p = problem
+    if not p.top_k:
+        return row
+    return (np.int64(p.permuted_idx[row]) if p.permuted_idx.size else row) // p.top_k
+
+
+def _each_half(problem, sums, codes, edges, expert, row0, rows, column0, width):
     """Without a gate: ``out[row, column0 : column0 + width]`` from the two halves of the columns."""
     p = problem
     for side in range(2):
@@ -46,7 +123,7 @@ def _each_half(problem, sums, codes, expert, row0, rows, column0, width):
             _copy_rows(codes, half, p.out, row0, rows, column0 + start, min(half, width - start))
 
 
-def _both_halves(problem, sums, codes, expert, row0, rows, column0, width):
+def _both_halves(problem, sums, codes, edges, expert, row0, rows, column0, width):
     """With a gate: one output for each pair of columns."""
     p = problem
     _add_bias_and_scale(p, sums[0], half, expert, p.first_gate, row0, rows, column0, width)
@@ -89,10 +166,7 @@ def _multiply_by_factors(problem, sums, half, expert, first, row0, rows, column0
     """``sums[r, j] *= row_factor[source of row] * column_factor[output column0 + j]``, 1 for what is not there."""
     p = problem
     for r in range(rows):
-        source = row0 + r
-        if p.top_k:
-            source = (np.int64(p.permuted_idx[source]) if p.permuted_idx.size else source) // p.top_k
-        factor = p.row_factor[source] if p.row_factor.size else np.float32(1)
+        factor = p.row_factor[_source(p, row0 + r)] if p.row_factor.size else np.float32(1)
         if p.column_factor.shape[1] > 1:
             column = p.column_factor[expert, first + column0 * p.distance :]
             for j in range(min(half, width)):

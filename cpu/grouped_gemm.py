@@ -17,7 +17,7 @@ from numba import prange
 from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, coded_gemm, coded_panels, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu._tasks import cut
-from cumoe.cpu.epilogue import epilogue
+from cumoe.cpu.epilogue import edge_size, epilogue
 
 _MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
 _MAX_ROWS_BYTES = 4 << 20  # of the gathered block of a task
@@ -92,7 +92,7 @@ def grouped_gemm(
         top_k,
         input_scale,
         weights if weights.ndim == 5 else _NO_PANELS[x.dtype.name],
-        _plain(x, weights, f, made),
+        decoded_panel.rows_of(weights, f, made is not None, x.dtype.name),
         *decoded_panel.arguments(f),
         bias,
         output_scale,
@@ -112,8 +112,9 @@ def grouped_gemm(
     panel_blocks = np.empty((workers, 0 if packed else panel_size), x.dtype)
     decoded = np.empty((workers, 1, kern.columns if coded and not made else 0, k), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
-    codes = np.empty((workers, task_rows * kern.columns // 2), out.dtype)
-    parts = row_blocks, decoded, panel_blocks, sums, codes
+    codes = np.empty((workers, task_rows * kern.columns), out.dtype)
+    edges = np.empty((workers, edge_size(task_rows, kern.columns)), np.float32)
+    parts = row_blocks, decoded, panel_blocks, sums, codes, edges
     if made:
         worker = coded_gemm.worker(made, kern, dtype, activation, "" if packed else f.rule)
     else:
@@ -169,16 +170,6 @@ class _Problem(NamedTuple):
 
 
 _NO_PANELS = {name: np.empty((0, 0, 0, 0, 0), name) for name in ("float32", "uint16")}
-_NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")}
-
-
-def _plain(x, weights, weight_format, made):
-    """Weights or codes as the loops take them, or empty ones beside panels of weights."""
-    if weights.ndim == 5:
-        return _NO_WEIGHTS[x.dtype.name]
-    if made:
-        return weights.view(np.uint8)
-    return weights if weight_format is None else decoded_panel.codes(weights, weight_format)
 
 
 @functools.cache
@@ -196,7 +187,7 @@ def _worker(kernel, dtype, activation, coded):
         multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
         pack_panel=decoded_panel.pack_decoded(kernel, dtype, *coded) if coded else _pack_plain(kernel),
-        finish=epilogue(activation, dtype, kernel.columns // 2),
+        finish=epilogue(activation, dtype, kernel.columns // 2, kernel.lanes),
         release=_amx.release if kernel.name == "amx" else _nothing,
     )(_work)
 
@@ -207,11 +198,11 @@ def _pack_plain(kernel):
 
 
 @jit(parallel=True)
-def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes):
+def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes, edges):
     """Call the function at address `worker` for each part of the scratch."""
     for w in prange(row_blocks.shape[0]):
         at = np.int64(counter.ctypes.data)
-        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w]
+        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w], edges[w]
         _indirect.call(worker, (problem, tasks, at, *parts))
 
 
@@ -278,7 +269,7 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
             first_row += block_rows
 
 
-def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes):
+def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes, edges):
     """Take tasks until none is left."""
     p = problem
     outputs = p.out.shape[1]
@@ -296,5 +287,6 @@ def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes)
                 pack_panel(p, expert, panel, decoded, panel_block)
                 panel_address = panel_block.ctypes.data
             multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, p.panels.size > 0, sums)
-            finish(p, sums, codes, expert, row0, rows, panel * p.side, min(p.side, outputs - panel * p.side))
+            width = min(p.side, outputs - panel * p.side)
+            finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)
     release()

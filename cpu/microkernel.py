@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
 
 
 # Distance at which a single block of rows reads memory fastest here (benchmarks/NOTES.md); within a page.
-_AHEAD_BYTES = 3072
+_AHEAD_BYTES = 1024
 
 # Micro-kernels, fastest first, and the instruction sets that each needs.
 NEEDS = {
