@@ -99,6 +99,11 @@ def layout(weight_format, k, kernel):
     return None if f.group_cols % made.step else made
 
 
+def multiplies_integers():
+    """Whether a micro-kernel here multiplies integers."""
+    return _FOUR_BITS | _PRODUCTS <= cpu_features()
+
+
 def panel_shape(made, weights_shape, k, gated):
     """Shape of the packed form of codes (E, N, ...) of K columns: (E, panels, bytes)."""
     experts, n = weights_shape[:2]

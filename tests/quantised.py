@@ -155,6 +155,15 @@ CASES = (
         ),
         32,
     ),
+    _case(
+        "int4 w4a8",
+        "int4",
+        (1, 32),
+        lambda a, b, p, bias: cumoe.FusedMoEQuantConfig.make(
+            "int8", True, weight_dtype="int4", w1_scale=a.scale, w2_scale=b.scale, **bias
+        ),
+        32,
+    ),
     _case("mxfp4 w4a16", "mxfp4", (1, 32), _mx(cumoe.mxfp4_w4a16_moe_quant_config)),
     _case("mxfp4 w4a4", "mxfp4", (1, 32), _mx(cumoe.mxfp4_w4a4_moe_quant_config)),
     _case("mxfp4 mxfp8", "mxfp4", (1, 32), _mx(cumoe.mxfp4_mxfp8_moe_quant_config)),

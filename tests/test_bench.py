@@ -202,7 +202,7 @@ def test_the_peak_is_measured_with_real_products(dtype):
         assert rows.nbytes == groups * steps * kernel.row_step_bytes
         assert panels.nbytes == steps * kernel.panel_step_bytes
         stride = steps * kernel.row_step_bytes
-        ceilings._peak_loop(name, dtype)(rows.view(np.uint8), stride, panels.view(np.uint8), steps, sums, 2)
+        ceilings._peak_loop(kernel)(rows.view(np.uint8), stride, panels.view(np.uint8), steps, sums, 2)
         np.testing.assert_array_equal(sums, steps * kernel.k_step)
     gflops, name = ceilings.matmul_peak(dtype)
     assert name == microkernel.names(dtype)[0]

@@ -5,6 +5,7 @@ import pytest
 
 import cumoe
 from cumoe.bench import ceilings, schemes, shapes, weights
+from cumoe.cpu import coded_panels
 
 TINY = shapes.SHAPES["tiny"]
 ODD = shapes.Shape("odd", num_experts=2, top_k=1, hidden_size=160, intermediate_size=96)
@@ -34,6 +35,7 @@ def test_bytes_of_an_expert_of_a_named_shape():
         "int8 w8a8": numbers + 4 * rows,
         "int8 w8a16": numbers + 4 * rows,
         "int4 w4a16": numbers // 2 + numbers // 128 * 2,
+        "int4 w4a8": numbers // 2 + numbers // 128 * 2,
         "fp8 w8a16": numbers + numbers // 128**2 * 4,
         "mxfp4 w4a16": numbers // 2 + numbers // 32,
     }
@@ -78,7 +80,11 @@ def test_a_scheme_says_what_it_is_named():
 def test_int8_products_have_a_ceiling_that_says_where_it_is_from(monkeypatch):
     asked = []
     monkeypatch.setattr(ceilings, "stream_read", lambda num_bytes: (10.0, num_bytes))
+    if coded_panels.multiplies_integers():
+        limits = ceilings.measure("int8", 400 << 20)
+        assert limits.peak_kernel == "avx512vnni" and limits.peak_gflops > 1.2 * ceilings.matmul_peak("float32")[0]
     monkeypatch.setattr(ceilings, "matmul_peak", lambda dtype: asked.append(dtype) or (100.0, "tile"))
+    monkeypatch.setattr(coded_panels, "multiplies_integers", lambda: False)
     limits = ceilings.measure("int8", 400 << 20)
     assert (limits.peak_gflops, limits.peak_kernel, asked) == (100.0, "tile of bfloat16", ["bfloat16"])
     limits = ceilings.measure("float32", 400 << 20)

@@ -19,6 +19,7 @@ _CACHES_OVER = 3  # the streamed array is this many times the last-level cache, 
 _LEAST_BYTES = 256 << 20
 _MOST_BYTES = 2 << 30
 _RUN_FLOPS = 200_000_000  # of one thread between two looks at the clock
+_MOST_SUMS = 32 * 64  # of a tile
 _OPERAND_BYTES = (16 << 10, 32 << 10, 128 << 10)  # few: all in L1; many: less overhead per step of K. The best counts.
 
 
@@ -86,33 +87,47 @@ def run_parallel_loop() -> None:
 
 def matmul_peak(dtype: str) -> tuple[float, str]:
     """GFLOP/s of the micro-kernel that serves `dtype` here, all threads together; and the kernel's name."""
-    import numba
+    from cumoe.cpu import microkernel
 
-    from cumoe.cpu import _threads, microkernel
-
-    _threads.start()  # before Numba is asked for threads, or it would pick a layer of its own
     kernel = microkernel.choose(dtype)
-    loop = _peak_loop(kernel.name, dtype)
-    threads = numba.get_num_threads()
     groups = kernel.max_rows // kernel.row_group
-    sums = np.zeros((threads, kernel.max_rows * kernel.columns), np.float32)
-    gflops = []
-    for num_bytes in _OPERAND_BYTES:
-        steps = num_bytes // (kernel.panel_step_bytes + groups * kernel.row_step_bytes)
-        rows = np.zeros((threads, groups * steps * kernel.row_step_bytes), np.uint8)
-        panels = np.zeros((threads, steps * kernel.panel_step_bytes), np.uint8)
-        flops = 2 * kernel.max_rows * kernel.columns * steps * kernel.k_step
-        repeats = max(1, _RUN_FLOPS // flops)
-        run = functools.partial(loop, rows, steps * kernel.row_step_bytes, panels, steps, sums, repeats)
-        run()
-        gflops.append(threads * repeats * flops / _best(run, 0.15) * 1e-9)
-    return max(gflops), kernel.name
+    row_bytes, flops = groups * kernel.row_step_bytes, 2 * kernel.max_rows * kernel.columns * kernel.k_step
+    return _peak(_peak_loop(kernel), groups, row_bytes, kernel.panel_step_bytes, flops), kernel.name
 
 
 def int8_peak() -> tuple[float, str]:
-    """Peak of int8 products: that of bfloat16 ones, and named so, until there is a micro-kernel to measure."""
-    gflops, name = matmul_peak("bfloat16")
-    return gflops, f"{name} of bfloat16"
+    """Peak of int8 products; where they are multiplied as bfloat16, that of these, and named so."""
+    from cumoe.cpu import _vector_tile, coded_panels, microkernel
+
+    kernel, layout = microkernel.choose("bfloat16"), coded_panels.Layout("bytes", "", False, 0, 1)
+    if not coded_panels.multiplies_integers():
+        gflops, name = matmul_peak("bfloat16")
+        return gflops, f"{name} of bfloat16"
+    tile = layout.tile(True)
+    kernel = kernel._replace(tile=_vector_tile.emit(tile), max_rows=tile.max_rows, row_group=1)
+    flops = 2 * tile.max_rows * coded_panels.COLUMNS * layout.step
+    return _peak(_peak_loop(kernel), tile.max_rows, 4 * tile.max_rows, layout.step_bytes, flops), "avx512vnni"
+
+
+def _peak(loop: Any, row_groups: int, row_bytes: int, panel_bytes: int, flops: int) -> float:
+    """GFLOP/s of a kernel, of which a step reads so many bytes of all rows and of the panel; all threads together."""
+    import numba
+
+    from cumoe.cpu import _threads
+
+    _threads.start()  # before Numba is asked for threads, or it would pick a layer of its own
+    threads = numba.get_num_threads()
+    gflops = []
+    for num_bytes in _OPERAND_BYTES:
+        steps = num_bytes // (panel_bytes + row_bytes)
+        rows = np.zeros((threads, steps * row_bytes), np.uint8)
+        panels = np.zeros((threads, steps * panel_bytes), np.uint8)
+        sums = np.zeros((threads, _MOST_SUMS), np.float32)
+        repeats = max(1, _RUN_FLOPS // (steps * flops))
+        run = functools.partial(loop, rows, steps * row_bytes // row_groups, panels, steps, sums, repeats)
+        run()
+        gflops.append(threads * repeats * steps * flops / _best(run, 0.15) * 1e-9)
+    return max(gflops)
 
 
 def _best(run: Callable[[], object], budget_s: float) -> float:
@@ -149,16 +164,15 @@ def _stream_loop() -> Any:
 
 
 @functools.cache
-def _peak_loop(name: str, dtype: str) -> Any:
+def _peak_loop(kernel: Any) -> Any:
     from numba import prange
 
-    from cumoe.cpu import _amx, microkernel
+    from cumoe.cpu import _amx
     from cumoe.cpu._jit import jit
 
-    kernel = microkernel.choose(dtype, name)
-    release = _amx.release if name == "amx" else jit()(_nothing)
+    release = _amx.release if kernel.name == "amx" else jit()(_nothing)
     repeat = jit(tile=kernel.tile, max_rows=kernel.max_rows, release=release)(_repeat)
-    return jit(parallel=True, repeat=repeat, prange=prange)(_peak)
+    return jit(parallel=True, repeat=repeat, prange=prange)(_on_all_threads)
 
 
 def _nothing() -> None:
@@ -176,10 +190,10 @@ prange: Any = None
 
 def _repeat(a, a_stride, panel, steps, sums, repeats):  # type: ignore[no-untyped-def]
     for _ in range(repeats):
-        tile(max_rows, a, a_stride, panel, steps, sums.ctypes.data, sums.nbytes // 2, 0, panel, 0, 0, 0, 0, 0)
+        tile(max_rows, a, a_stride, panel, steps, sums.ctypes.data, sums.nbytes // 2, 0, panel, 0, 0, 0, a, 0)
     release()
 
 
-def _peak(rows, a_stride, panels, steps, sums, repeats):  # type: ignore[no-untyped-def]
+def _on_all_threads(rows, a_stride, panels, steps, sums, repeats):  # type: ignore[no-untyped-def]
     for w in prange(sums.shape[0]):
         repeat(rows[w].ctypes.data, a_stride, panels[w].ctypes.data, steps, sums[w], repeats)

@@ -195,7 +195,7 @@ def _all_copied(scheme: str) -> float:
     return 1.1  # rows are padded, and rows of eight bits get their sum
 
 
-_INT8, _INT4 = "int8 w8a8", "int4 w4a16"
+_INT8, _INT4 = "int8 w8a8", ("int4 w4a8", "int4 w4a16")
 _SGL_SCHEMES = "bfloat16", _INT8, "fp8 w8a16", "mxfp4 w4a16"  # float16 would end the process
 _ZENTORCH_SCHEMES = "bfloat16", "float32", _INT8
 
@@ -222,7 +222,7 @@ PEERS: tuple[Peer, ...] = (
         "vLLM SGL w4a8",
         "fused_experts_cpu of vLLM, tokens in eight bits",
         ("torch", "vllm"),
-        (_INT4,),
+        _INT4,
         _vllm_sgl_int4,
         _all_copied,
         load=_load_vllm,
@@ -241,7 +241,7 @@ PEERS: tuple[Peer, ...] = (
         "zentorch w4a8",
         "zentorch_fused_moe, tokens in eight bits",
         ("torch", "zentorch"),
-        (_INT4,),
+        _INT4,
         _zentorch_int4,
         _all_copied,
         load=_load_zentorch,

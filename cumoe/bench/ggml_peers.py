@@ -178,7 +178,7 @@ PEERS: tuple[Peer, ...] = tuple(
         f"ggml {name}",
         f"MUL_MAT_ID of ggml on {name} weights, tokens in eight bits",
         ("ggml", "numba"),
-        ("int4 w4a16",),
+        ("int4 w4a8", "int4 w4a16"),
         _maker(name),
         _copied_twice,
         load=_load,

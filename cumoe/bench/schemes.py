@@ -26,7 +26,7 @@ class Scheme:
     products: str  # what is multiplied: it chooses the arithmetic ceiling
     format: str = ""  # scheme of `cumoe.quantize`
     group: tuple[int, int] = (1, -1)  # rows and columns that share a scale
-    builder: str = ""  # of the config, in `cumoe`
+    builder: str = ""  # of the config, in `cumoe`; without one it is made here
     options: dict[str, Any] = field(default_factory=dict)
 
     def draw(self, shape: Shape, seed: int = 0) -> tuple[Any, Any]:
@@ -42,7 +42,10 @@ class Scheme:
         """Describe what `draw` gave to `cumoe`, None for plain weights."""
         import cumoe
 
-        return getattr(cumoe, self.builder)(w1.scale, w2.scale, **self.options) if self.format else None
+        if not self.format:
+            return None
+        build = _int4_w4a8 if self.builder == "" else getattr(cumoe, self.builder)
+        return build(w1.scale, w2.scale, **self.options)
 
     def expert_bytes(self, shape: Shape) -> int:
         """Bytes of the weights of one expert, codes and scales."""
@@ -70,6 +73,15 @@ class Scheme:
         return experts_hit * self.expert_bytes(shape) + tokens
 
 
+def _int4_w4a8(w1_scale: Any, w2_scale: Any, group: tuple[int, int]) -> Any:
+    """Describe int4 weights and tokens of int8, for which no builder has a name."""
+    import cumoe
+
+    tokens, shape = cumoe.FusedMoEQuantDesc("int8", cumoe.GroupShape.PER_TOKEN), cumoe.GroupShape(*group)
+    operands = (cumoe.FusedMoEQuantDesc("int4", shape, scale) for scale in (w1_scale, w2_scale))
+    return cumoe.FusedMoEQuantConfig(tokens, tokens, *operands)
+
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -91,6 +103,14 @@ SCHEMES: dict[str, Scheme] = {
             (1, 128),
             builder="int4_w4a16_moe_quant_config",
             options={"block_shape": [0, 128]},
+        ),
+        Scheme(
+            "int4 w4a8",
+            "bfloat16",
+            "int8",
+            "int4",
+            (1, 128),
+            options={"group": (1, 128)},
         ),
         Scheme(
             "fp8 w8a16",
