@@ -10,9 +10,15 @@ Numbers come from tables by their codes: 16 of them twice, so that the bits abov
 the lower bytes of 128, to which the sign is added. int8 is stored as sign and size; -128 takes the place of -0.
 """
 
+import functools
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from cumoe.cpu import _ir
 from cumoe.cpu._ir import constant
@@ -120,3 +126,44 @@ def scales(builder: ir.IRBuilder, kind: str, address: ir.Value, floats: ir.Vecto
     narrow = builder.trunc(half, ir.VectorType(ir.IntType(16), floats.count))
     wide = builder.fpext(builder.bitcast(narrow, ir.VectorType(ir.HalfType(), floats.count)), floats)
     return builder.fmul(wide, ir.Constant(floats, [ir.Constant(floats.element, 256.0)] * floats.count))
+
+
+@functools.cache
+def spread(rule: str, has_zeros: bool) -> Any:
+    """
+    Emit (source, steps, target, zeros, group steps, group bytes): steps of codes to steps of pairs, 256 bytes each.
+
+    With zero points, those of the first group are at the address `zeros`, those of the next `group bytes` further on.
+    """
+
+    @intrinsic
+    def spread_steps(typing_context, source, steps, target, zeros, group_steps, group_bytes):
+        def codegen(context, builder, signature, arguments):
+            source, steps, target, zeros, group_steps, group_bytes = arguments
+            if not has_zeros:
+                _emit_spread(builder, rule, source, target, constant(0), steps, None)
+                return context.get_dummy_value()
+            groups = builder.sdiv(builder.add(steps, builder.sub(group_steps, constant(1))), group_steps)
+            with cgutils.for_range(builder, groups) as group:
+                first = builder.mul(group.index, group_steps)
+                last = builder.add(first, group_steps)
+                last = builder.select(builder.icmp_signed("<", last, steps), last, steps)
+                own = origins(builder, builder.add(zeros, builder.mul(group.index, group_bytes)))
+                _emit_spread(builder, rule, source, target, first, last, own)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    spread_steps.__qualname__ = f"spread-{rule}-{has_zeros}"
+    return spread_steps
+
+
+def _emit_spread(
+    builder: ir.IRBuilder, rule: str, source: ir.Value, target: ir.Value, first: ir.Value, last: ir.Value, own: Any
+) -> None:
+    with cgutils.for_range(builder, builder.sub(last, first)) as step:
+        index = builder.add(first, step.index)
+        read = builder.add(source, builder.mul(index, constant(16 * BITS[rule])))
+        write = builder.add(target, builder.mul(index, constant(256)))
+        for v, words in enumerate(pairs(builder, rule, read, own)):
+            _ir.store(builder, words, builder.add(write, constant(64 * v)))

@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     scale: str = ""  # dtype of the scales of groups along K that meet partial sums; "": there are none
     has_zeros: bool = False  # a zero point behind the scale of each group
     is_wide: bool = False  # rows of float32 meet codes
+    zero_bytes: int = 0  # of zero points behind the scales that are of no use any more
 
     @property
     def floats(self) -> ir.VectorType:
@@ -56,7 +57,8 @@ class Tile(NamedTuple):
     @property
     def group_bytes(self) -> int:
         """Bytes of the scales and zero points of a group."""
-        return self.lanes * self.vectors * (_spread.SCALE_BYTES[self.scale] + self.has_zeros) if self.scale else 0
+        columns = self.lanes * self.vectors
+        return columns * (_spread.SCALE_BYTES[self.scale] + self.has_zeros) + self.zero_bytes if self.scale else 0
 
 
 class Operands(NamedTuple):

@@ -10,12 +10,15 @@ import functools
 
 import numpy as np
 
-from cumoe.cpu import _intrinsics, _vector_tile, coded_panels, pack
+from cumoe.cpu import _intrinsics, _spread, _vector_tile, coded_panels, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 from cumoe.cpu.epilogue import epilogue
 
+_PAIRS_BYTES = 256  # of a step
 _PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
+_FEW_BLOCKS = 2  # of rows: they make the numbers in their registers, more of them read what was made once
+_AHEAD_BYTES = 4096  # where codes become numbers on the way, a line lasts longer than one of bfloat16
 _TOO_LARGE = {"bytes": 128, "nibbles": 8}
 
 
@@ -26,18 +29,35 @@ def row_bytes(made, k, kernel):
     return made.k_padded(k) * (2 if kernel.row_dtype == "bfloat16" else 4)
 
 
+def steps_per_pass(made):
+    """Steps of a panel between two passes over the rows, whole groups."""
+    most = max(1, _PANEL_BYTES // (_PAIRS_BYTES if made.spreads else made.step_bytes))
+    return max(1, most // made.group_steps) * made.group_steps if made.group else most
+
+
+def spread_bytes(made):
+    """Bytes of the numbers that a piece of a panel is spread to."""
+    return steps_per_pass(made) * _PAIRS_BYTES if made.spreads else 0
+
+
 @functools.cache
 def worker(made, kernel, dtype, activation, rule):
     """The compiled loop of one thread over tasks; `rule` is that of codes that are not packed, else ""."""
-    tile = made.tile(kernel.row_dtype == "bfloat16")
-    most = max(1, _PANEL_BYTES // made.step_bytes)
+    narrow = kernel.row_dtype == "bfloat16"
+    tile = made.tile(narrow)
+    pairs = made.tile_of_pairs(narrow) if made.spreads else tile
     sizes = {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
     multiply = jit(
         tile=_vector_tile.emit(tile),
+        tile_of_pairs=_vector_tile.emit(pairs),
+        spread=_spread.spread(made.kind, made.has_zeros) if made.spreads else _nothing_to_spread,
+        spreads=made.spreads,
         max_rows=tile.max_rows,
+        max_rows_of_pairs=pairs.max_rows,
         row_step_bytes=4 * tile.row_words,
-        steps_per_pass=max(1, most // made.group_steps) * made.group_steps if made.group else most,
-        ahead_bytes=kernel.ahead_bytes,
+        pass_steps=steps_per_pass(made),
+        few_blocks=_FEW_BLOCKS,
+        ahead_bytes=kernel.ahead_bytes if made.is_integer else _AHEAD_BYTES,
         is_integer=made.is_integer,
         **sizes,
     )(_multiply_codes)
@@ -51,6 +71,11 @@ def worker(made, kernel, dtype, activation, rule):
     )(_work_codes)
 
 
+@jit(inline=True)
+def _nothing_to_spread(source, steps, target, zeros, group_steps, group_bytes):
+    """Codes become numbers on the way, or none at all."""
+
+
 @jit()
 def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
     """Panels that are packed already."""
@@ -58,10 +83,12 @@ def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
 
 # ---- templates; jit(...) gives the names below their values ----
 
-max_rows = row_step_bytes = steps_per_pass = ahead_bytes = group = group_bytes = too_large = 0
+max_rows = max_rows_of_pairs = row_step_bytes = pass_steps = ahead_bytes = group = group_bytes = too_large = (
+    few_blocks
+) = 0
 step = step_bytes = 1
-is_integer = False
-tile = load = multiply = load_rows = pack_one = finish = None
+is_integer = spreads = False
+tile = tile_of_pairs = spread = load = multiply = load_rows = pack_one = finish = None
 
 
 def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
@@ -84,8 +111,12 @@ def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
             starts[r * parts + part] = np.int32(-too_large) * total
 
 
-def _multiply_codes(rows, row_block, panel, k_padded, more, sums):
-    """``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile."""
+def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
+    """
+    ``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile.
+
+    For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first.
+    """
     a = row_block.ctypes.data
     stride = k_padded * (1 if is_integer else row_block.itemsize)
     starts = a + sums.shape[1] * stride
@@ -94,12 +125,18 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, sums):
     scales = panel + steps * step_bytes
     half = sums.shape[1] * sums.shape[2] * 4
     blocks = (rows + max_rows - 1) // max_rows
+    from_memory = spreads and blocks > few_blocks
+    if from_memory:
+        blocks = (rows + max_rows_of_pairs - 1) // max_rows_of_pairs
     lines = (step_bytes // 64 + blocks - 1) // blocks
-    piece_steps = steps if blocks == 1 else steps_per_pass
+    piece_steps = steps if blocks == 1 else pass_steps
     for first in range(0, steps, piece_steps):
         count = min(piece_steps, steps - first)
         first_group = first // group_steps if group else 0
         piece = panel + first * step_bytes
+        scale = scales + first_group * group_bytes
+        if from_memory:
+            spread(piece, count, numbers.ctypes.data, scale + group_bytes - 64, group_steps, group_bytes)
         first_row = 0
         for block in range(blocks):
             block_rows = rows // blocks + (1 if block < rows % blocks else 0)
@@ -107,22 +144,15 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, sums):
             if more and block * lines * 64 < step_bytes:
                 ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
                 asked = lines
-            tile(
-                block_rows,
-                a + first_row * stride + first * row_step_bytes,
-                stride,
-                piece,
-                count,
-                sums.ctypes.data + first_row * sums.shape[2] * 4,
-                half,
-                first,
-                ahead,
-                asked,
-                scales + first_group * group_bytes,
-                group_steps,
-                starts + (first_row * groups + first_group) * 4,
-                groups * 4,
-            )
+            row = a + first_row * stride + first * row_step_bytes
+            target = sums.ctypes.data + first_row * sums.shape[2] * 4
+            start = starts + (first_row * groups + first_group) * 4
+            last = scale, group_steps, start, groups * 4
+            if from_memory:
+                source = numbers.ctypes.data
+                tile_of_pairs(block_rows, row, stride, source, count, target, half, first, ahead, asked, *last)
+            else:
+                tile(block_rows, row, stride, piece, count, target, half, first, ahead, asked, *last)
             first_row += block_rows
     if is_integer and group == 0:
         whole = sums.view(np.int32)
@@ -151,6 +181,6 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
                 address = panel_block.ctypes.data
                 target = panel_block.view(np.uint8)
                 pack_one(p.weights, p.scale, p.zero_points, expert, panel, order, p.k_padded, target)
-            multiply(rows, row_block, address, p.k_padded, is_packed, sums)
+            multiply(rows, row_block, address, p.k_padded, is_packed, decoded, sums)
             width = min(p.side, outputs - panel * p.side)
             finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)

@@ -23,11 +23,11 @@ def epilogue(activation, dtype, half, lanes):
     The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or "".
 
     It takes (problem, sums, codes, edges, expert, first row, rows, first output, outputs); `edges` is float32, as long
-    as `edge_size` says.
+    as `edge_size` says. The common ones become part of their callers: to hand on `problem` takes longer than a row.
     """
     if _vector_epilogue.can_store(activation, dtype):
         store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes))
-        return jit(finish=store, half=half, gated=bool(activation))(_in_registers)
+        return jit(inline=True, finish=store, half=half, gated=bool(activation))(_in_registers)
     load, store = CODECS[dtype]
     if not activation:
         return jit(finish=jit(store=store)(_store), half=half)(_each_half)
@@ -69,7 +69,7 @@ def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, widt
         _copy_rows(codes, full, p.out, row0, rows, column0, width)
 
 
-@jit()
+@jit(inline=True)
 def _put_rows(problem, factors, scales, row0):
     """Factor and scale of each row, 1 for what is not there."""
     p = problem
@@ -83,7 +83,7 @@ def _put_rows(problem, factors, scales, row0):
             scales[r] = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
 
 
-@jit()
+@jit(inline=True)
 def _put_columns(problem, factors, biases, expert, first, column0):
     """Factor and bias of each column that there is; 1, and -0, which changes no sum, for what is not there."""
     p = problem

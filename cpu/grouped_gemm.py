@@ -111,6 +111,8 @@ def grouped_gemm(
     panel_size = -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
     panel_blocks = np.empty((workers, 0 if packed else panel_size), x.dtype)
     decoded = np.empty((workers, 1, kern.columns if coded and not made else 0, k), x.dtype)
+    if made:
+        decoded = np.empty((workers, 1, 1, coded_gemm.spread_bytes(made) // x.itemsize), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
     codes = np.empty((workers, task_rows * kern.columns), out.dtype)
     edges = np.empty((workers, edge_size(task_rows, kern.columns)), np.float32)
