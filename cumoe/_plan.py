@@ -268,14 +268,16 @@ def plan(
         weight_bits = ((matrices - 1) * bits[0] + bits[1]) / matrices
     with _arrays.device_scope(device):
         aligned = codes_are_aligned(sizes.code_bits, hidden_size, intermediate_size)
-        kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size, aligned)
+        coded = sizes.code_bits > 0
+        kernel = choose_kernel(xp, backend, dtype, hidden_size, intermediate_size, aligned, coded=coded)
         refused = refusals(xp, kernel, backend, dtype, hidden_size, intermediate_size, aligned)
         shares = share_out(xp, kernel, num_tokens, sizes, workspace_limit)
         tiles = _arrays.room(xp, "grouped_gemm").explain(
             shares.tokens_per_piece * top_k, *sizes.layer(shares.expanded), kernel, matrices == 3
         )
     if sizes.code_bits:
-        formats = _formats_of(quant_config, sizes, device, shares.expanded)
+        in_registers = device == "cpu" and _arrays.room(xp, "pack").multiplies_codes(kernel)
+        formats = _formats_of(quant_config, sizes, device, shares.expanded, in_registers)
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
         num_tokens,
@@ -299,10 +301,12 @@ def plan(
     )
 
 
-def _formats_of(quant_config: Any, sizes: Sizes, device: str, expanded: int) -> str:
+def _formats_of(quant_config: Any, sizes: Sizes, device: str, expanded: int, in_registers: bool) -> str:
     """How quantised operands are multiplied."""
     weights = dtype_name(quant_config._w1.dtype)
     where = "panel by panel, in the cache" if device == "cpu" else "tile by tile, in shared memory"
+    if in_registers:
+        where = "in registers, their scales meet the sums"
     if expanded:
         where = "once for all tiles, in scratch"
     if sizes.a1 is None:

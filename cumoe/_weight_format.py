@@ -8,7 +8,8 @@ class WeightFormat(NamedTuple):
     What stands beside the codes (E, N, K), or (E, N, K/2) where two of four bits share a byte.
 
     A code becomes ``code * scale`` or ``(code - zero point) * scale`` in float32, rounded to the dtype of the
-    activations: the operand that is multiplied. Factors that do not change along K are not here: they meet the sums.
+    activations: the operand that is multiplied. A kernel that multiplies codes rounds nothing: scales of groups meet
+    the sums of their groups. Factors that do not change along K are not here: they meet the sums.
     """
 
     rule: str  # of the rooms' `formats`: "fp8", "int8", "uint8", "int4", "mxfp4", "mxfp8", "nvfp4"
