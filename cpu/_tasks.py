@@ -7,9 +7,13 @@ from cumoe.cpu._jit import jit
 
 @jit()
 def cut(offsets, most_rows, panels, wanted):
-    """(expert, first row, rows, first panel, panels) of every task; about `wanted` of them, of at most `most_rows`."""
+    """
+    (expert, first row, rows, first panel, panels) of every task, and the most rows of one.
+
+    There are about `wanted` of them, of at most `most_rows`.
+    """
     experts = offsets.size - 1
-    blocks = 0
+    blocks = longest = 0
     for e in range(experts):
         blocks += (offsets[e + 1] - offsets[e] + most_rows - 1) // most_rows
     group = max(1, min(panels, blocks * panels // wanted))
@@ -22,6 +26,7 @@ def cut(offsets, most_rows, panels, wanted):
         row = offsets[e]
         for piece in range(pieces):
             rows = count // pieces + (1 if piece < count % pieces else 0)
+            longest = max(longest, rows)
             for panel in range(0, panels, group):
                 tasks[n, 0] = e
                 tasks[n, 1] = row
@@ -30,4 +35,4 @@ def cut(offsets, most_rows, panels, wanted):
                 tasks[n, 4] = min(group, panels - panel)
                 n += 1
             row += rows
-    return tasks
+    return tasks, longest

@@ -11,13 +11,13 @@ import numpy as np
 from cumoe.cpu import formats, pack
 from cumoe.cpu._jit import jit
 
-_NO_WEIGHTS = {name: np.empty((0, 0, 0), name) for name in ("float32", "uint16")}
+_NO_WEIGHTS = {size: np.empty((0, 0, 0), dtype) for size, dtype in ((4, "float32"), (2, "uint16"))}
 
 
-def rows_of(weights, weight_format, multiplies_codes, dtype):
-    """Weights or codes as the loops take them, or empty ones of bits `dtype` beside panels of weights."""
+def rows_of(weights, weight_format, multiplies_codes, itemsize):
+    """Weights or codes as the loops take them, or empty ones beside panels of weights of `itemsize` bytes."""
     if weights.ndim == 5:
-        return _NO_WEIGHTS[dtype]
+        return _NO_WEIGHTS[itemsize]
     if weight_format is None:
         return weights
     return weights.view(np.int8 if weight_format.rule == "int8" and not multiplies_codes else np.uint8)

@@ -80,19 +80,19 @@ def grouped_gemm(
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
     workers = numba.get_num_threads()
-    tasks = cut(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
+    tasks, longest = cut(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
     if not len(tasks):
         return
     workers = min(workers, len(tasks))
-    task_rows = -(-int(tasks[:, 2].max()) // kern.row_group) * kern.row_group
+    task_rows = -(-longest // kern.row_group) * kern.row_group
     packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
     problem = _Problem(
         x,
         permuted_idx,
         top_k,
         input_scale,
-        weights if weights.ndim == 5 else _NO_PANELS[x.dtype.name],
-        decoded_panel.rows_of(weights, f, made is not None, x.dtype.name),
+        weights if weights.ndim == 5 else _NO_PANELS[x.itemsize],
+        decoded_panel.rows_of(weights, f, made is not None, x.itemsize),
         *decoded_panel.arguments(f),
         bias,
         output_scale,
@@ -171,7 +171,7 @@ class _Problem(NamedTuple):
     out: Any
 
 
-_NO_PANELS = {name: np.empty((0, 0, 0, 0, 0), name) for name in ("float32", "uint16")}
+_NO_PANELS = {size: np.empty((0, 0, 0, 0, 0), dtype) for size, dtype in ((4, "float32"), (2, "uint16"))}
 
 
 @functools.cache

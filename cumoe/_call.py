@@ -144,7 +144,7 @@ def enter_call(
     hidden_size = experts.hidden_size
     num_tokens = len(x) if x.shape[1] == hidden_size else len(ids)
     _check.shape("hidden_states", x, "(T, H)", (num_tokens, hidden_size))
-    if x.dtype.name != experts.dtype:
+    if _check.name_of(x.dtype) != experts.dtype:
         raise TypeError(
             f"hidden_states must have the dtype of w1 = {experts.dtype}, got {x.dtype.name}; convert one of them"
         )

@@ -96,7 +96,7 @@ def make_experts(
 def for_rows(xp: ModuleType, experts: Experts, hidden_states: Array) -> Experts:
     """Quantised weights, to be multiplied in the dtype of the tokens."""
     _check.dtype("hidden_states", hidden_states, DTYPES)
-    dtype = hidden_states.dtype.name
+    dtype = _check.name_of(hidden_states.dtype)
     sizes = experts.hidden_size, experts.intermediate_size
     return experts._replace(dtype=dtype, kernel=choose_kernel(xp, None, dtype, *sizes, experts.aligned, coded=True))
 
