@@ -13,7 +13,7 @@ import numpy as np
 from cumoe.cpu import _intrinsics, _spread, _vector_tile, coded_panels, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
-from cumoe.cpu.epilogue import epilogue
+from cumoe.cpu.epilogue import epilogue, put_rows
 
 _PAIRS_BYTES = 256  # of a step
 _PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
@@ -174,6 +174,7 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         load_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        put_rows(p, edges, sums.shape[1], row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if is_packed:
                 address = p.weights.ctypes.data + (expert * p.weights.shape[1] + panel) * panel_bytes

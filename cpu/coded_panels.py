@@ -23,6 +23,7 @@ _INTEGER_KIND = {"int8": "bytes", "uint8": "bytes", "int4": "nibbles"}
 _SCALE = {"mxfp4": "e8m0", "mxfp8": "e8m0", "nvfp4": "e4m3"}
 _FOUR_BITS, _EIGHT_BITS, _PRODUCTS = {"avx512f", "avx512bw"}, {"avx512vbmi"}, {"avx512vnni"}
 KERNELS = ("avx512bf16", "avx512")
+_INTEGER_COLUMNS = 2**31 // 128**2  # of so many products of two int8 codes a sum may leave int32
 
 
 class Layout(NamedTuple):
@@ -95,7 +96,8 @@ def layout(weight_format, k, kernel):
     # ones where the scales do not change along K: they are factors of the sums
     whole = f.scale_dtype == "float32" and f.scale.shape[1:] == (1, 1) and bool((f.scale == 1).all())
     has_zeros = f.zero_points is not None
-    kinds = _INTEGER_KIND if f.integer_rows and not has_zeros and _PRODUCTS <= cpu_features() else _KIND
+    integers = f.integer_rows and not has_zeros and k < _INTEGER_COLUMNS and multiplies_integers()
+    kinds = _INTEGER_KIND if integers else _KIND
     kind = kinds.get(f.rule, "")
     if kind == "bytes" and not whole:
         kind = "int8"

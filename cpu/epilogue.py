@@ -23,7 +23,8 @@ def epilogue(activation, dtype, half, lanes):
     The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or "".
 
     It takes (problem, sums, codes, edges, expert, first row, rows, first output, outputs); `edges` is float32, as long
-    as `edge_size` says. The common ones become part of their callers: to hand on `problem` takes longer than a row.
+    as `edge_size` says, and begins with what `put_rows` found for these rows. The common ones become part of their
+    callers: to hand on `problem` takes longer than a row.
     """
     if _vector_epilogue.can_store(activation, dtype):
         store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes))
@@ -41,6 +42,30 @@ def edge_size(rows, columns):
     return 2 * (rows + columns)
 
 
+@jit(inline=True)
+def _source(problem, row):
+    """The row of x that a row of the product is."""
+    p = problem
+    if not p.top_k:
+        return row
+    return (np.int64(p.permuted_idx[row]) if p.permuted_idx.size else row) // p.top_k
+
+
+@jit(inline=True)
+def put_rows(problem, edges, room, row0, rows):
+    """Factor and scale of each row of a task, 1 for what is not there, to the first ``2 * room`` of `edges`."""
+    p = problem
+    factors, scales = edges[:rows], edges[room : room + rows]
+    factors[:] = np.float32(1)
+    scales[:] = np.float32(1)
+    if p.row_factor.size:
+        for r in range(rows):
+            factors[r] = p.row_factor[_source(p, row0 + r)]
+    if p.output_scale.size:
+        for r in range(rows):
+            scales[r] = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
+
+
 # ---- templates; jit(...) gives the names below their values ----
 
 load = store = activate = finish = None
@@ -51,7 +76,6 @@ gated = False
 def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, width):
     p = problem
     room = sums.shape[1]
-    _put_rows(p, edges[:rows], edges[room : room + rows], row0)
     columns = edges[2 * room :]
     up = p.first_up if gated else p.first_gate
     second = column0 if gated else column0 + half
@@ -61,26 +85,10 @@ def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, widt
     target, stride = codes.ctypes.data, full * size
     if width == full:
         target, stride = p.out.ctypes.data + row0 * p.out.strides[0] + column0 * size, p.out.strides[0]
-    halves = sums.ctypes.data, room * half * 4, rows
-    finish(
-        *halves, edges.ctypes.data, room * 4, columns.ctypes.data, target, stride, p.alpha, p.beta, p.limit
-    )  # fmt: skip
+    rows_at, columns_at, halves = edges.ctypes.data, columns.ctypes.data, (sums.ctypes.data, room * half * 4)
+    finish(*halves, rows, rows_at, room * 4, columns_at, target, stride, p.alpha, p.beta, p.limit)
     if width < full:
         _copy_rows(codes, full, p.out, row0, rows, column0, width)
-
-
-@jit(inline=True)
-def _put_rows(problem, factors, scales, row0):
-    """Factor and scale of each row, 1 for what is not there."""
-    p = problem
-    factors[:] = np.float32(1)
-    scales[:] = np.float32(1)
-    if p.row_factor.size:
-        for r in range(factors.size):
-            factors[r] = p.row_factor[_source(p, row0 + r)]
-    if p.output_scale.size:
-        for r in range(scales.size):
-            scales[r] = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
 
 
 @jit(inline=True)
@@ -100,15 +108,6 @@ def _put_columns(problem, factors, biases, expert, first, column0):
             biases[j] = p.bias[expert, start + j * p.distance]
     else:
         biases[:] = np.float32(-0.0)
-
-
-@jit(inline=True)
-def _source(problem, row):
-    """The row of x that a row of the product is."""
-    p = problem
-    if not p.top_k:
-        return row
-    return (np.int64(p.permuted_idx[row]) if p.permuted_idx.size else row) // p.top_k
 
 
 def _each_half(problem, sums, codes, edges, expert, row0, rows, column0, width):

@@ -17,7 +17,7 @@ from numba import prange
 from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, coded_gemm, coded_panels, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu._tasks import cut
-from cumoe.cpu.epilogue import edge_size, epilogue
+from cumoe.cpu.epilogue import edge_size, epilogue, put_rows
 
 _MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
 _MAX_ROWS_BYTES = 4 << 20  # of the gathered block of a task
@@ -110,9 +110,8 @@ def grouped_gemm(
     row_blocks = np.empty((workers, -(-task_rows * row_bytes // row_dtype().itemsize)), row_dtype)
     panel_size = -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
     panel_blocks = np.empty((workers, 0 if packed else panel_size), x.dtype)
-    decoded = np.empty((workers, 1, kern.columns if coded and not made else 0, k), x.dtype)
-    if made:
-        decoded = np.empty((workers, 1, 1, coded_gemm.spread_bytes(made) // x.itemsize), x.dtype)
+    numbers = (1, coded_gemm.spread_bytes(made) // x.itemsize) if made else (kern.columns if coded else 0, k)
+    decoded = np.empty((workers, 1, *numbers), x.dtype)
     sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
     codes = np.empty((workers, task_rows * kern.columns), out.dtype)
     edges = np.empty((workers, edge_size(task_rows, kern.columns)), np.float32)
@@ -282,6 +281,7 @@ def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes,
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         pack_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        put_rows(p, edges, sums.shape[1], row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if p.panels.size:
                 panel_address = p.panels.ctypes.data + (expert * p.panels.shape[1] + panel) * panel_bytes

@@ -2,8 +2,8 @@
 Register-blocked matrix micro-kernels, emitted as LLVM vector code for the CPU that runs.
 
 A micro-kernel multiplies a few rows of activations with one *panel* of weights and leaves float32 sums
-in a small tile that stays in the L1 cache; what happens to the sums (bias, activation, rounding) is
-written in plain Numba in `epilogue.py`.
+in a small tile that stays in the L1 cache; what happens to the sums (bias, activation, rounding) is in
+`epilogue.py`, how kernels for vector registers are emitted in `_vector_tile.py`.
 
     panel  words of 32 bits, K outermost: word (s, c) = weight k = s of column c (float32), or the pair
            k = 2s, 2s + 1 (16-bit types); in blocks of (block_words, block_columns), row-major in a block:

@@ -116,3 +116,13 @@ def test_panels_hold_codes_and_scales_and_no_more(rule):
     form = WeightFormat(rule, scale, scale_dtype, None, np.ones(1, np.float32), 1, 32)
     codes, made = pack.pack_codes(np.zeros((1, n, k // (1 + packed)), np.uint8), form, k, False, False)
     assert codes.nbytes == n * k // (1 + packed) + scale.nbytes and made.scale.size == 0
+
+
+def test_integers_add_up_only_where_int32_holds_the_sum():
+    if not coded_panels.multiplies_integers():
+        pytest.skip("no micro-kernel here multiplies integers")
+    one = np.ones((1, 1, 1), np.float32)
+    form = WeightFormat("int8", one, "float32", None, one.reshape(1), 64, 64, integer_rows=True)
+    kinds = [coded_panels.layout(form, k, "avx512").kind for k in (2**17 - 1, 2**17)]
+    assert kinds == ["bytes", "int8"]
+    assert (2**17 - 1) * 128 * 128 < 2**31 <= 2**17 * 128 * 128
