@@ -20,11 +20,15 @@ def address(function: Any, *arguments: Any) -> int:
     """Where the machine code of a function that returns nothing begins, compiled for arguments like these."""
     key = function, _dispatcher.compute_fingerprint(arguments)  # finding their types takes fifty times as long
     if key not in _ADDRESSES:
-        known = tuple(map(numba.typeof, arguments))
-        function.compile(known)
-        compiled = function.overloads[known]
-        _ADDRESSES[key] = int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+        _ADDRESSES[key] = address_for(function, tuple(map(numba.typeof, arguments)))
     return _ADDRESSES[key]
+
+
+def address_for(function: Any, known: tuple[types.Type, ...]) -> int:
+    """The same for arguments of these types."""
+    function.compile(known)
+    compiled = function.overloads[known]
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 @intrinsic

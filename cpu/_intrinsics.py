@@ -1,10 +1,13 @@
 """Small pieces of machine code that Numba has no spelling for."""
 
 import functools
+import platform
+import sys
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cumoe.cpu import _ir
@@ -16,9 +19,44 @@ def next_task(typing_context, counter):
     """Take the number at address `counter` and add one to it, as one indivisible step."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", pointer(builder, arguments[0]), constant(1), "monotonic")
+        return builder.atomic_rmw("add", pointer(builder, arguments[0]), constant(1), "acq_rel")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def word(typing_context, address):
+    """The int64 at an address, with all that was written before it was."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.load_atomic(pointer(builder, arguments[0]), "acquire", 8, typ=_ir.I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typing_context):
+    """Tell the processor that this thread waits for another."""
+
+    def codegen(context, builder, signature, arguments):
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            _ir.call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def let_others_run(typing_context):
+    """Give the rest of this thread's time slice to another, where the system has a POSIX name for that."""
+
+    def codegen(context, builder, signature, arguments):
+        if sys.platform != "win32":
+            kind = ir.FunctionType(_ir.I32, [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @functools.cache

@@ -1,25 +1,74 @@
-"""The tasks of a grouped product: which rows of which expert meet which panels of its weights."""
+"""The tasks of a grouped product: which rows of which expert meet which panels of its weights, and who does them."""
 
+import numba
 import numpy as np
+from numba import prange
 
+from cumoe.cpu import _indirect, _recorder, _threads
+from cumoe.cpu._frozen import Each
 from cumoe.cpu._jit import jit
+
+_PER_THREAD = 16  # evens out what the threads do
+_FEW_PER_THREAD = 8  # of few rows: what it costs to begin a task counts
+_FEW_ROWS = 64  # of a task that is recorded
+
+
+def run(worker, problem, offsets, most_rows, row_group, panels, parts):
+    """
+    Let threads do the tasks of a product: `worker` (problem, tasks, address of a counter, the thread's scratch).
+
+    Tasks have at most `most_rows` rows, and scratch for a multiple of `row_group`; `parts` (rows) are its shapes and
+    dtypes.
+    """
+    recorder = _recorder.current()
+    num_rows, experts = len(problem.out), len(offsets) - 1
+    if recorder is not None:
+        _record(recorder, worker, problem, offsets, most_rows, row_group, panels, parts)
+        return
+    workers = numba.get_num_threads()
+    wanted = workers * _PER_THREAD
+    tasks = np.empty((_most_tasks(num_rows, experts, most_rows, wanted), 5), np.int64)
+    found = np.empty(2, np.int64)
+    cut(offsets, most_rows, panels, wanted, tasks, found)
+    num_tasks, longest = found.tolist()
+    if num_tasks == 0:
+        return
+    workers = min(workers, num_tasks)
+    scratch = [np.empty((workers, *shape), dtype) for shape, dtype in parts(-(-longest // row_group) * row_group)]
+    address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in scratch))
+    _all_workers(address, problem, tasks, np.zeros(1, np.int64), *scratch)
+    _threads.warn_if_slow()
+
+
+def _record(recorder, worker, problem, offsets, most_rows, row_group, panels, parts):
+    num_rows = len(problem.out)
+    most_rows = max(1, min(most_rows, _FEW_ROWS) // row_group) * row_group
+    wanted = recorder.workers * _FEW_PER_THREAD
+    tasks = recorder.take((_most_tasks(num_rows, len(offsets) - 1, most_rows, wanted), 5), np.int64)
+    recorder.first(cut, offsets, most_rows, panels, wanted, tasks, recorder.take((2,), np.int64))
+    room = -(-min(num_rows, most_rows) // row_group) * row_group
+    scratch = [Each(recorder.take((recorder.workers, *shape), dtype)) for shape, dtype in parts(room)]
+    recorder.all_threads(worker, problem, tasks, recorder.counter(), *scratch)
+
+
+def _most_tasks(num_rows, experts, most_rows, wanted):
+    """Of so many rows, and one more where there may be none."""
+    return 2 * wanted + min(num_rows, experts + num_rows // most_rows) + 1
 
 
 @jit()
-def cut(offsets, most_rows, panels, wanted):
+def cut(offsets, most_rows, panels, wanted, tasks, found):
     """
-    (expert, first row, rows, first panel, panels) of every task, and the most rows of one.
+    Fill `tasks` with (expert, first row, rows, first panel, panels), and `found` with their number and the most rows.
 
-    There are about `wanted` of them, of at most `most_rows`.
+    There are about `wanted` of them, of at most `most_rows`; what follows them in `tasks` has no rows.
     """
     experts = offsets.size - 1
-    blocks = longest = 0
+    blocks = longest = np.int64(0)
     for e in range(experts):
         blocks += (offsets[e + 1] - offsets[e] + most_rows - 1) // most_rows
     group = max(1, min(panels, blocks * panels // wanted))
-    per_block = (panels + group - 1) // group
-    tasks = np.empty((blocks * per_block, 5), np.int64)
-    n = 0
+    n = np.int64(0)
     for e in range(experts):
         count = offsets[e + 1] - offsets[e]
         pieces = (count + most_rows - 1) // most_rows
@@ -28,6 +77,8 @@ def cut(offsets, most_rows, panels, wanted):
             rows = count // pieces + (1 if piece < count % pieces else 0)
             longest = max(longest, rows)
             for panel in range(0, panels, group):
+                if n == tasks.shape[0]:  # only offsets that make no sense come here
+                    break
                 tasks[n, 0] = e
                 tasks[n, 1] = row
                 tasks[n, 2] = rows
@@ -35,4 +86,15 @@ def cut(offsets, most_rows, panels, wanted):
                 tasks[n, 4] = min(group, panels - panel)
                 n += 1
             row += rows
-    return tasks, longest
+    tasks[n:, 2] = 0
+    found[0] = n
+    found[1] = longest
+
+
+@jit(parallel=True)
+def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes, edges):
+    """Call the function at address `worker` for each part of the scratch."""
+    for w in prange(row_blocks.shape[0]):
+        at = np.int64(counter.ctypes.data)
+        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w], edges[w]
+        _indirect.call(worker, (problem, tasks, at, *parts))

@@ -32,6 +32,7 @@ class Tile(NamedTuple):
     has_zeros: bool = False  # a zero point behind the scale of each group
     is_wide: bool = False  # rows of float32 meet codes
     zero_bytes: int = 0  # of zero points behind the scales that are of no use any more
+    in_parts: bool = False  # the sums of a group meet a factor of its row as well
 
     @property
     def floats(self) -> ir.VectorType:
@@ -75,7 +76,7 @@ class Operands(NamedTuple):
     lines: ir.Value
     scales: ir.Value
     group_steps: ir.Value
-    offsets: ir.Value
+    offsets: ir.Value  # of rows and groups: what sums of integers begin with, or the factors
     offsets_stride: ir.Value
 
 
@@ -157,8 +158,14 @@ def _emit_groups(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, plac
             scale = _spread.scales(builder, tile.scale, address, tile.floats)
             for r in range(rows):
                 value = sums[r][v] if tile.kind not in INTEGERS else builder.sitofp(sums[r][v], tile.floats)
+                factor = scale
+                if tile.in_parts:
+                    of_row = builder.add(p.offsets, builder.mul(p.offsets_stride, constant(r)))
+                    of_row = builder.add(of_row, builder.mul(group.index, constant(4)))
+                    value = builder.fmul(value, scale)
+                    factor = _ir.splat(builder, _ir.load(builder, of_row, ir.FloatType()), tile.lanes)
                 total = _ir.load(builder, places[r][v], tile.floats)
-                _ir.store(builder, _ir.fma(builder, value, scale, total), places[r][v])
+                _ir.store(builder, _ir.fma(builder, value, factor, total), places[r][v])
 
 
 def _starts(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, group: ir.Value) -> list[list[ir.Value]]:

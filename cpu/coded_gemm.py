@@ -13,7 +13,7 @@ import numpy as np
 from cumoe.cpu import _intrinsics, _spread, _vector_tile, coded_panels, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
-from cumoe.cpu.epilogue import epilogue, put_rows
+from cumoe.cpu.epilogue import epilogue, put_rows, source_row
 
 _PAIRS_BYTES = 256  # of a step
 _PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
@@ -23,10 +23,9 @@ _TOO_LARGE = {"bytes": 128, "nibbles": 8}
 
 
 def row_bytes(made, k, kernel):
-    """Bytes of a row of the block that a task gathers, with what its sums begin with."""
-    if made.is_integer:
-        return made.k_padded(k) + 4 * made.groups(k)
-    return made.k_padded(k) * (2 if kernel.row_dtype == "bfloat16" else 4)
+    """Bytes of a row of the block that a task gathers, with what its sums begin with, or the factors of its groups."""
+    item = 1 if made.is_integer else 2 if kernel.row_dtype == "bfloat16" else 4
+    return made.k_padded(k) * item + (4 * made.groups(k) if made.is_integer or made.in_parts else 0)
 
 
 def steps_per_pass(made):
@@ -66,6 +65,7 @@ def worker(made, kernel, dtype, activation, rule):
         multiply=multiply,
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
         pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
+        put_factors=jit(inline=True, group=made.group)(_put_part_factors) if made.in_parts else _no_part_factors,
         finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes),
         **sizes,
     )(_work_codes)
@@ -74,6 +74,11 @@ def worker(made, kernel, dtype, activation, rule):
 @jit(inline=True)
 def _nothing_to_spread(source, steps, target, zeros, group_steps, group_bytes):
     """Codes become numbers on the way, or none at all."""
+
+
+@jit(inline=True)
+def _no_part_factors(problem, row_block, room, row0, rows):
+    """No row has any."""
 
 
 @jit()
@@ -88,7 +93,7 @@ max_rows = max_rows_of_pairs = row_step_bytes = pass_steps = ahead_bytes = group
 ) = 0
 step = step_bytes = 1
 is_integer = spreads = False
-tile = tile_of_pairs = spread = load = multiply = load_rows = pack_one = finish = None
+tile = tile_of_pairs = spread = load = multiply = load_rows = put_factors = pack_one = finish = None
 
 
 def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
@@ -109,6 +114,17 @@ def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
             for k in range(part * width, min((part + 1) * width, k_padded)):
                 total += np.int32(row[k])
             starts[r * parts + part] = np.int32(-too_large) * total
+
+
+def _put_part_factors(problem, row_block, room, row0, rows):
+    """The factors of each row and group, behind the `room` rows of a block."""
+    p = problem
+    groups = (p.k_padded + group - 1) // group
+    place = row_block.view(np.float32)[room * p.k_padded * row_block.itemsize // 4 :]
+    for r in range(rows):
+        row = source_row(p, row0 + r)
+        for g in range(groups):
+            place[r * groups + g] = p.part_factor[row, g]
 
 
 def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
@@ -170,10 +186,11 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
     order = p.first_gate, p.first_up, p.distance, outputs, p.side
     while True:
         task = _intrinsics.next_task(counter)
-        if task >= tasks.shape[0]:
+        if task >= tasks.shape[0] or tasks[task, 2] == 0:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         load_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        put_factors(p, row_block, sums.shape[1], row0, rows)
         put_rows(p, edges, sums.shape[1], row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if is_packed:

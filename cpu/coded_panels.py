@@ -34,6 +34,7 @@ class Layout(NamedTuple):
     has_zeros: bool
     group: int  # columns of a group, 0 without scales
     group_rows: int
+    in_parts: bool = False  # the rows have a factor for each group
 
     @property
     def step(self) -> int:
@@ -80,17 +81,21 @@ class Layout(NamedTuple):
     def tile(self, narrow: bool) -> Tile:
         """The micro-kernel, for rows of bfloat16 (`narrow`) or float32; of integers there is one."""
         is_wide = not narrow and not self.is_integer
-        return Tile(self.kind, 5 if is_wide or self.has_zeros else 6, 4, 16, True, self.scale, self.has_zeros, is_wide)
+        rows, in_parts = 5 if is_wide or self.has_zeros else 6, self.in_parts
+        return Tile(self.kind, rows, 4, 16, True, self.scale, self.has_zeros, is_wide, in_parts=in_parts)
 
     def tile_of_pairs(self, narrow: bool) -> Tile:
         """The micro-kernel for pairs of bfloat16 that the codes were spread to."""
         kind, rows = ("dot", 6) if narrow else ("bfloat16", 5)
-        return Tile(kind, rows, 4, 16, True, self.scale, zero_bytes=COLUMNS * self.has_zeros)
+        zero_bytes = COLUMNS * self.has_zeros
+        return Tile(kind, rows, 4, 16, True, self.scale, zero_bytes=zero_bytes, in_parts=self.in_parts)
 
 
 def layout(weight_format, k, kernel):
     """The layout of a weight for a micro-kernel, or None if that has to have numbers."""
     f = weight_format
+    if f.panels is not None:
+        return f.panels._replace(in_parts=f.row_cols > 0)
     if kernel not in KERNELS or not _FOUR_BITS <= cpu_features():
         return None
     # ones where the scales do not change along K: they are factors of the sums
@@ -107,7 +112,7 @@ def layout(weight_format, k, kernel):
         return None
     if whole and not has_zeros:
         return Layout(kind, "", False, 0, 1)
-    made = Layout(kind, _SCALE.get(f.rule, "float32"), has_zeros, f.group_cols, f.group_rows)
+    made = Layout(kind, _SCALE.get(f.rule, "float32"), has_zeros, f.group_cols, f.group_rows, f.row_cols > 0)
     return None if f.group_cols % made.step else made
 
 

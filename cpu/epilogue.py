@@ -43,7 +43,7 @@ def edge_size(rows, columns):
 
 
 @jit(inline=True)
-def _source(problem, row):
+def source_row(problem, row):
     """The row of x that a row of the product is."""
     p = problem
     if not p.top_k:
@@ -60,7 +60,7 @@ def put_rows(problem, edges, room, row0, rows):
     scales[:] = np.float32(1)
     if p.row_factor.size:
         for r in range(rows):
-            factors[r] = p.row_factor[_source(p, row0 + r)]
+            factors[r] = p.row_factor[source_row(p, row0 + r)]
     if p.output_scale.size:
         for r in range(rows):
             scales[r] = p.output_scale[np.int64(p.permuted_idx[row0 + r]) if p.permuted_idx.size else row0 + r]
@@ -165,7 +165,7 @@ def _multiply_by_factors(problem, sums, half, expert, first, row0, rows, column0
     """``sums[r, j] *= row_factor[source of row] * column_factor[output column0 + j]``, 1 for what is not there."""
     p = problem
     for r in range(rows):
-        factor = p.row_factor[_source(p, row0 + r)] if p.row_factor.size else np.float32(1)
+        factor = p.row_factor[source_row(p, row0 + r)] if p.row_factor.size else np.float32(1)
         if p.column_factor.shape[1] > 1:
             column = p.column_factor[expert, first + column0 * p.distance :]
             for j in range(min(half, width)):

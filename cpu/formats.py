@@ -230,7 +230,7 @@ def _quantise_rows(first, last, arguments):
                 s = RULE(np.float32(0), np.uint32(largest).view(np.float32), limit)
             p, q = PREPARE(s, limit), WORTH(s, np.float32(1))
             if factor.size > 0:
-                factor[r], q = q, np.float32(1)
+                factor[r, g], q = q, np.float32(1)
             for k in range(size):
                 worth[k] = WORTH_OF_CODE(CODE(LOAD(x[r, start + k]), p, 0), q, 0)
             for k in range(size):
@@ -241,9 +241,10 @@ def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, gl
     """
     Fill ``numbers`` with what the codes of rows `x` (R, K) are worth, times their scales; it may be `x`.
 
-    Groups are `group_cols` of a row. With a `factor` (R,) that is all of them: the scale goes there instead. Rules are
-    names of `SCALES`, `ENCODERS` and (`scheme`) `DECODERS`. `scale` (1,) is given for all rows, or None; `global_scale`
-    is (1,) or (R,) or None: it is in the scales of which the codes are stored, and not in numbers.
+    Groups are `group_cols` of a row. With a `factor`, (R,) for groups of a whole row, else (R, groups or more), scales
+    go there instead. Rules are names of `SCALES`, `ENCODERS` and (`scheme`) `DECODERS`. `scale` (1,) is given for all
+    rows, or None; `global_scale` is (1,) or (R,) or None: it is in the scales of which the codes are stored, and not in
+    numbers.
     """
     num_rows, size = x.shape
     cols = max(1, min(size, group_cols))
@@ -254,11 +255,11 @@ def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, gl
         (
             x,
             cols,
-            1 if factor.size else -(-size // cols),
+            max(1, -(-size // cols)) if factor.size else -(-size // cols),
             np.empty(0, np.float32) if scale is None else scale,
             np.full(1, np.inf, np.float32) if global_scale is None else global_scale,
             numbers,
-            factor,
+            factor.reshape(num_rows, -1) if factor.size else factor.reshape(0, 0),
         ),
         LOAD=bits.CODECS[dtype][0],
         STORE=bits.CODECS[dtype][1],

@@ -10,19 +10,15 @@ not depend on the number of threads, on how rows are cut, or on the other rows.
 import functools
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba import prange
 
-from cumoe.cpu import _amx, _indirect, _intrinsics, _threads, coded_gemm, coded_panels, decoded_panel, microkernel, pack
+from cumoe.cpu import _amx, _intrinsics, _tasks, coded_gemm, coded_panels, decoded_panel, microkernel, pack
 from cumoe.cpu._jit import jit
-from cumoe.cpu._tasks import cut
 from cumoe.cpu.epilogue import edge_size, epilogue, put_rows
 
 _MAX_ROWS = 256  # of a task: enough products per weight to be bound by arithmetic
 _MAX_ROWS_BYTES = 4 << 20  # of the gathered block of a task
 _PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
-_TASKS_PER_THREAD = 16  # evens out what the threads do
 
 
 def grouped_gemm(
@@ -61,7 +57,8 @@ def grouped_gemm(
 
     With a `weight_format`, `weights` are codes, not packed, and the operand is what `formats.decode` makes of them.
     The factors are ``row_factor[source(r)] * column_factor[expert of r, row of the weights]``; `row_factor` is (rows
-    of x,), `column_factor` (E, N), or (E, 1) for one that all rows of a matrix share.
+    of x,), `column_factor` (E, N), or (E, 1) for one that all rows of a matrix share. With ``weight_format.row_cols``
+    `row_factor` is (rows of x, groups): it meets the sums of the groups, with the scales of the weights.
 
     Rows outside every expert are neither read nor written. The GPU side needs `schedule` and what lies around it.
     """
@@ -72,19 +69,14 @@ def grouped_gemm(
     side = kern.columns // 2 if gated else kern.columns
     panels = -(-outputs // side)
     k = x.shape[1]
-    made = None if f is None else f.panels or coded_panels.layout(f, k, kern.name)
+    made = None if f is None else coded_panels.layout(f, k, kern.name)
+    in_parts = made is not None and made.in_parts
     k_padded = made.k_padded(k) if made else -(-k // kern.k_step) * kern.k_step
     row_dtype = np.uint16 if kern.row_dtype == "bfloat16" else np.float32
     row_bytes = coded_gemm.row_bytes(made, k, kern) if made else k_padded * row_dtype().itemsize
     most_rows = max(kern.max_rows, min(_MAX_ROWS, _MAX_ROWS_BYTES // row_bytes))
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
-    workers = numba.get_num_threads()
-    tasks, longest = cut(expert_first_token_offset, most_rows, panels, workers * _TASKS_PER_THREAD)
-    if not len(tasks):
-        return
-    workers = min(workers, len(tasks))
-    task_rows = -(-longest // kern.row_group) * kern.row_group
     packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
     problem = _Problem(
         x,
@@ -96,7 +88,8 @@ def grouped_gemm(
         *decoded_panel.arguments(f),
         bias,
         output_scale,
-        row_factor,
+        _NO_FACTORS[0] if in_parts else row_factor,
+        row_factor if in_parts else _NO_FACTORS[1],
         column_factor,
         *order[:3],
         side,
@@ -107,22 +100,22 @@ def grouped_gemm(
         np.float32(limit),
         out,
     )
-    row_blocks = np.empty((workers, -(-task_rows * row_bytes // row_dtype().itemsize)), row_dtype)
-    panel_size = -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
-    panel_blocks = np.empty((workers, 0 if packed else panel_size), x.dtype)
+    panel_size = 0 if packed else -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
     numbers = (1, coded_gemm.spread_bytes(made) // x.itemsize) if made else (kern.columns if coded else 0, k)
-    decoded = np.empty((workers, 1, *numbers), x.dtype)
-    sums = np.empty((workers, 2, task_rows, kern.columns // 2), np.float32)
-    codes = np.empty((workers, task_rows * kern.columns), out.dtype)
-    edges = np.empty((workers, edge_size(task_rows, kern.columns)), np.float32)
-    parts = row_blocks, decoded, panel_blocks, sums, codes, edges
+
+    def parts(rows):
+        yield (-(-rows * row_bytes // row_dtype().itemsize),), row_dtype
+        yield (1, *numbers), x.dtype
+        yield (panel_size,), x.dtype
+        yield (2, rows, kern.columns // 2), np.float32
+        yield (rows * kern.columns,), out.dtype
+        yield (edge_size(rows, kern.columns),), np.float32
+
     if made:
         worker = coded_gemm.worker(made, kern, dtype, activation, "" if packed else f.rule)
     else:
         worker = _worker(kern, dtype, activation, decoded_panel.names(f))
-    address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in parts))
-    _all_workers(address, problem, tasks, np.zeros(1, np.int64), *parts)
-    _threads.warn_if_slow()
+    _tasks.run(worker, problem, expert_first_token_offset, most_rows, kern.row_group, panels, parts)
 
 
 def expands(num_pairs, num_experts):
@@ -130,12 +123,18 @@ def expands(num_pairs, num_experts):
     return False
 
 
-def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel):
+def scales_parts(weight_format, row_cols, kernel):
+    """Whether sums of parts of `row_cols` elements can meet factors of rows."""
+    made = coded_panels.layout(weight_format, row_cols, kernel)
+    return made is not None and made.group == row_cols
+
+
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, parted, kernel):
     """Rows of a block in the list that `permute` makes; 0: this side needs no list."""
     return 0
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel, gated):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, parted, kernel, gated):
     """Lines that say which tiles a call uses and why; tasks are cut when the rows are known, so none."""
     return ()
 
@@ -157,6 +156,7 @@ class _Problem(NamedTuple):
     bias: Any
     output_scale: Any
     row_factor: Any
+    part_factor: Any  # by row of x and group, or empty
     column_factor: Any
     first_gate: int  # of a weight row: pack.row_order
     first_up: int
@@ -170,6 +170,7 @@ class _Problem(NamedTuple):
     out: Any
 
 
+_NO_FACTORS = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 _NO_PANELS = {size: np.empty((0, 0, 0, 0, 0), dtype) for size, dtype in ((4, "float32"), (2, "uint16"))}
 
 
@@ -196,15 +197,6 @@ def _worker(kernel, dtype, activation, coded):
 @functools.cache
 def _pack_plain(kernel):
     return jit(pack_one=pack.pack_panel(kernel))(_pack_plain_panel)
-
-
-@jit(parallel=True)
-def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes, edges):
-    """Call the function at address `worker` for each part of the scratch."""
-    for w in prange(row_blocks.shape[0]):
-        at = np.int64(counter.ctypes.data)
-        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w], edges[w]
-        _indirect.call(worker, (problem, tasks, at, *parts))
 
 
 @jit()
@@ -277,7 +269,7 @@ def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes,
     panel_bytes = p.k_padded * 2 * sums.shape[2] * panel_block.itemsize
     while True:
         task = _intrinsics.next_task(counter)
-        if task >= tasks.shape[0]:
+        if task >= tasks.shape[0] or tasks[task, 2] == 0:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         pack_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)

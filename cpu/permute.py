@@ -8,6 +8,7 @@ a counting sort, stable, and the same for every number of threads.
 import numba
 import numpy as np
 
+from cumoe.cpu import _recorder
 from cumoe.cpu._jit import jit
 
 _PARALLEL_PAIRS = 50_000  # below this, waking the threads costs more than it saves
@@ -32,7 +33,10 @@ def sort_by_expert(
         permuted_idx,
         inv_permuted_idx.reshape(-1),
     )
-    if topk_ids.size < _PARALLEL_PAIRS:
+    recorder = _recorder.current()
+    if recorder is not None:
+        recorder.first(_sort, *arrays)
+    elif topk_ids.size < _PARALLEL_PAIRS:
         _sort(*arrays)
     else:
         _sort_blocks(*arrays, numba.get_num_threads())

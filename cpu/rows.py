@@ -10,7 +10,7 @@ import functools
 import numba
 import numpy as np
 
-from cumoe.cpu import _indirect
+from cumoe.cpu import _indirect, _recorder
 from cumoe.cpu._jit import jit
 
 _PARALLEL_ELEMENTS = 1 << 15  # below this, waking the threads costs more than it saves
@@ -20,8 +20,10 @@ def run(loop, num_rows, num_elements, arguments, **constants):
     """Run `loop`, compiled with `constants`, over all rows; `num_elements` says how much work that is."""
     if num_rows == 0:
         return
-    compiled = _compiled(loop, tuple(sorted(constants.items())))
-    if num_elements < _PARALLEL_ELEMENTS:
+    compiled, recorder = _compiled(loop, tuple(sorted(constants.items()))), _recorder.current()
+    if recorder is not None:
+        recorder.rows(compiled, num_rows, arguments)
+    elif num_elements < _PARALLEL_ELEMENTS:
         compiled(0, num_rows, arguments)
     else:
         # the number of threads is asked for here: a loop that asks itself cannot be kept on disk

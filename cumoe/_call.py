@@ -174,6 +174,9 @@ def enter_call(
         expert_map = side.xp.empty(0, np.int32) if expert_map is None else _arrays.bits(expert_map)
     if backend is not None or side.xp is not np:
         experts = experts._replace(kernel=_kernel(side.xp, experts, backend, on_input, is_prepared, x, out))
+    if experts.scheme is not None:
+        scheme = experts.scheme.for_kernel(_arrays.room(side.xp, "grouped_gemm"), experts.kernel)
+        experts = experts._replace(scheme=scheme)
     sizes = _sizes(top_k, experts)
     shares = _plan.share_out(side.xp, experts.kernel, num_tokens, sizes, workspace_limit)
     if shares.tokens_per_piece < num_tokens and any(

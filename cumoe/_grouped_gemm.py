@@ -99,7 +99,7 @@ def grouped_gemm(
     a, b, offsets, bits = _arrays.bits(a), _arrays.bits(b), _offsets(group_offsets), _arrays.bits(out)
     kernel = choose_kernel(xp, backend, dtype, k, n, xp is np or rows_are_aligned(a, b, bits))
     room, permute = _arrays.room(xp, "grouped_gemm"), _arrays.room(xp, "permute")
-    block_rows = room.block_rows(m, groups, k, n, dtype, 0, kernel)
+    block_rows = room.block_rows(m, groups, k, n, dtype, 0, False, kernel)
     schedule = xp.empty(permute.schedule_size(m, groups, block_rows), np.int32)
     permute.list_tiles(offsets, schedule, block_rows)
     nothing, no_matrix = xp.empty(0, np.float32), xp.empty((0, 0), np.float32)

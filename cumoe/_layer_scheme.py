@@ -31,6 +31,7 @@ _FIXED_GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 _OF_WEIGHTS = ("w1_scale", "w2_scale", "w1_zp", "w2_zp", "g1_alphas", "g2_alphas")
 _OF_ACTIVATIONS = ("a1_scale", "a2_scale", "a1_gscale", "a2_gscale")
 _E8M0, _E4M3 = "float8_e8m0fnu", "float8_e4m3fn"
+_PART = 64  # columns that a group of rows is a multiple of, if its scale meets the sum of the group
 
 
 class Rows(NamedTuple):
@@ -41,6 +42,7 @@ class Rows(NamedTuple):
     per_tensor: bool
     scale: Array  # float32 (1,): static; or None
     global_scale: Array  # float32 (1,) or (E,), of nvfp4; or None
+    in_parts: bool = False  # scales of groups meet the sums of their groups, and numbers are codes
 
     @property
     def is_batch_wide(self) -> bool:
@@ -77,6 +79,23 @@ class Scheme(NamedTuple):
     def code_bits(self) -> int:
         """Bits of a code of the first weight."""
         return 4 if SCHEMES[self.w1.format.rule].is_packed else 8
+
+    def for_kernel(self, room: ModuleType, kernel: str) -> "Scheme":
+        """The scheme as a kernel of `room` multiplies it: scales of groups of rows meet sums where it can do that."""
+        w1, a1 = _in_parts(room, kernel, self.w1, self.a1)
+        w2, a2 = _in_parts(room, kernel, self.w2, self.a2)
+        return Scheme(w1, w2, a1, a2)
+
+
+def _in_parts(room: ModuleType, kernel: str, weight: Weight, rows: Rows | None) -> tuple[Weight, Rows | None]:
+    if rows is None or not _has_parts(rows) or not room.scales_parts(weight.format, rows.cols, kernel):
+        return weight, rows
+    return weight._replace(format=weight.format._replace(row_cols=rows.cols)), rows._replace(in_parts=True)
+
+
+def _has_parts(rows: Rows) -> bool:
+    """Whether scales of groups are any float32, so that numbers that hold them are rounded, and of enough columns."""
+    return rows.cols > 0 and rows.cols % _PART == 0 and rows.scheme not in _FIXED_GROUP
 
 
 def is_quantised(quant_config: Any) -> bool:
@@ -146,11 +165,12 @@ def rows_of(which: int, desc: FusedMoEQuantDesc, arrays: dict[str, Array], num_e
 
 
 def planned_rows(which: int, desc: FusedMoEQuantDesc) -> Rows | None:
-    """`rows_of` for a plan: the arrays, if there are any, are not looked at."""
+    """`rows_of` for a plan: the arrays, if there are any, are not looked at; in parts wherever a kernel may do that."""
     if desc.dtype is None:
         return None
     gscale = desc.alpha_or_gscale
-    return Rows(*_kind_of_rows(which, desc), desc.scale, None if gscale is None else gscale.reshape(-1))
+    rows = Rows(*_kind_of_rows(which, desc), desc.scale, None if gscale is None else gscale.reshape(-1))
+    return rows._replace(in_parts=_has_parts(rows))
 
 
 def _kind_of_rows(which: int, desc: FusedMoEQuantDesc) -> tuple[str, int, bool]:

@@ -32,10 +32,11 @@ class Sizes(NamedTuple):
     code_bits: int = 0  # of a quantised weight
     largest: int = 0  # elements of the larger of the quantised weights
 
-    def layer(self, expanded: int) -> tuple[int, int, int, str, int]:
-        """What the rooms ask for: E, H, I, the dtype, and bits of a code, 0 where it is decoded before."""
+    def layer(self, expanded: int) -> tuple[int, int, int, str, int, bool]:
+        """What the rooms ask for: E, H, I, the dtype, bits of a code, 0 where it is decoded before; sums in parts."""
         bits = 0 if expanded else self.code_bits
-        return self.num_experts, self.hidden_size, self.intermediate_size, self.dtype, bits
+        in_parts = any(rows is not None and rows.in_parts for rows in (self.a1, self.a2))
+        return self.num_experts, self.hidden_size, self.intermediate_size, self.dtype, bits, in_parts
 
 
 class Shares(NamedTuple):
@@ -315,5 +316,7 @@ def _formats_of(quant_config: Any, sizes: Sizes, device: str, expanded: int, in_
         group = "one scale for all rows" if sizes.a1.per_tensor else "one scale a row"
         if sizes.a1.cols != -1:
             group = f"one scale for {sizes.a1.cols} elements of a row"
+            if sizes.a1.in_parts and (device != "cpu" or in_registers):
+                group += ", which meets the sum of these"
         rows = f"activations rounded to {sizes.a1.scheme}, {group}"
     return f"{weights} weights become {sizes.dtype} {where}; {rows}"

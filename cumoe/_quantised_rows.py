@@ -1,8 +1,9 @@
 """
 Rows of activations as a product on quantised operands takes them: numbers of their own dtype, with or without a factor.
 
-A scale of a whole row meets the sum: numbers are the codes, which float16 and bfloat16 hold. Scales of groups are
-multiplied in, which bfloat16 holds exactly for mxfp4, mxfp8 and nvfp4. Codes and scales are those of `cumoe.quantize`.
+A scale of a whole row meets the sum, and that of a group the sum of the group where the kernel makes such sums: numbers
+are then the codes, which float16 and bfloat16 hold. Other scales of groups are multiplied in, which bfloat16 holds
+exactly for mxfp4, mxfp8 and nvfp4. Codes and scales are those of `cumoe.quantize`.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,15 @@ from cumoe._layer_scheme import Rows
 from cumoe._quant_desc import GroupShape
 from cumoe._schemes import code_rule, scale_rule
 
+_ALIGNED = 4  # float32 of 16 bytes
+
 
 class Space(NamedTuple):
     """How rows are quantised, and the memory for it."""
 
     rows: Rows
     numbers: Any  # (R, K) bits of the activations' dtype
-    factor: Any  # (R,) float32, or (0,) where numbers hold the scale
+    factor: Any  # (R,) float32, or (R, groups or a few more), or (0,) where numbers hold the scale
     batch: Any  # (3,) float32: extremes and scale of all rows, or (0,) where they do not share one
 
     def first(self, num_rows: int) -> "Space":
@@ -32,10 +35,13 @@ class Space(NamedTuple):
 
 def space(rows: Rows, num_rows: int, size: int, bits: Any, empty: Callable[..., Any], numbers: Any = None) -> Space:
     """Memory from `empty` for rows (`num_rows`, `size`), whose numbers go to `numbers` if that is given."""
+    # those of each row begin at a multiple of 16 bytes
+    groups = (num_rows, -(-size // (_ALIGNED * rows.cols)) * _ALIGNED)
+    shape = groups if rows.in_parts else (num_rows if rows.cols == -1 else 0,)
     return Space(
         rows,
         empty((num_rows, size), bits) if numbers is None else numbers,
-        empty((num_rows if rows.cols == -1 else 0,), np.float32),
+        empty(shape, np.float32),
         empty((3 if rows.is_batch_wide else 0,), np.float32),
     )
 

@@ -9,7 +9,8 @@ class WeightFormat(NamedTuple):
 
     A code becomes ``code * scale`` or ``(code - zero point) * scale`` in float32, rounded to the dtype of the
     activations: the operand that is multiplied. A kernel that multiplies codes rounds nothing: scales of groups meet
-    the sums of their groups. Factors that do not change along K are not here: they meet the sums.
+    the sums of their groups, and so do those of rows in groups, with ``row_cols``. Factors that do not change along K
+    are not here: they meet the sums.
     """
 
     rule: str  # of the rooms' `formats`: "fp8", "int8", "uint8", "int4", "mxfp4", "mxfp8", "nvfp4"
@@ -20,4 +21,5 @@ class WeightFormat(NamedTuple):
     group_rows: int
     group_cols: int
     integer_rows: bool = False  # the rows that are multiplied are int8 codes, their scales factors of the sums
+    row_cols: int = 0  # columns of a group of the rows, if their scales meet the sums of the group; 0: they do not
     panels: Any = None  # how the codes and all that belongs to them are packed; None: they are not

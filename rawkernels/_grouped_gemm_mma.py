@@ -89,12 +89,13 @@ def launch(
     height = _height(block_rows)
     parts = -(-block_rows // height)
     most_tiles = (min(rows, num_experts) + rows // block_rows) * parts
-    scaled, factored = input_scale.size > 0, row_factor.size + column_factor.size > 0
+    parted = _coded_weights.parted(weight_format, k)
+    scaled, factored = input_scale.size > 0, (not parted and row_factor.size) + column_factor.size > 0
     rule, group_cols = _coded_weights.of_format(weight_format, k)
     bits = _coded_weights.BITS[rule] if rule else 0
     where = _load.capability(device), _load.multiprocessors(device)
-    tile = choose(kernel, height, columns, most_tiles, *where, scaled, bits)
-    beside, groups = _coded_weights.arguments(weight_format, columns, k)
+    tile = choose(kernel, height, columns, most_tiles, *where, scaled, bits, parted)
+    beside, (*groups, part) = _coded_weights.arguments(weight_format, columns, k)
     constants = _constants(
         tile,
         dtype,
@@ -104,7 +105,7 @@ def launch(
         factored,
         _copy_bytes(item * k, x.data.ptr, *_steps(x)),
         _copy_bytes(weights.itemsize * row_bytes, weights.data.ptr, *_steps(weights)),
-        _coded_weights.constants(rule, group_cols),
+        _coded_weights.constants(rule, group_cols, parted),
     )
     column_blocks = -(-columns // tile.columns)
     grid = most_tiles * column_blocks
@@ -133,6 +134,8 @@ def launch(
         k,
         outputs,
         column_factor.shape[-1],
+        part,
+        row_factor.shape[-1],
         most_tiles,
         parts,
         column_blocks,
@@ -146,7 +149,7 @@ def launch(
     )
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, kernel, gated):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, parted, kernel, gated):
     """Lines that say which tiles a call uses and why."""
     import cupy as cp
 
@@ -155,7 +158,7 @@ def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_
     device = _load.capability(), _load.multiprocessors(cp.cuda.runtime.getDevice())
     lines = [f"tiles of {height} rows: {num_pairs} rows of {num_experts} experts make at most {most_tiles}"]
     for which, columns in (("first", (1 + gated) * intermediate_size), ("second", hidden_size)):
-        tile = choose(kernel, height, columns, most_tiles, *device, bits=code_bits)
+        tile = choose(kernel, height, columns, most_tiles, *device, bits=code_bits, parted=parted)
         lines.append(
             f"{which} product: {tile.columns} rows of weights a tile, {tile.warps_m} x {tile.warps_n} warps,"
             f" {tile.stages} stages, {tile.ctas} blocks a multiprocessor"
@@ -167,9 +170,12 @@ def variants(arch):
     """Kernels that the default dtypes and the common activations use on `arch`: (file, entry point, constants)."""
     capability = int("".join(filter(str.isdigit, arch)))
 
-    def variant(kernel, dtype, height, most_tiles, activation, scaled, copy_bytes, factored=False, rule="", group=16):
-        tile = choose(kernel, height, 4096, most_tiles, capability, 132, scaled, _coded_weights.BITS.get(rule, 0))
-        of_codes = _coded_weights.constants(rule, group)
+    def variant(
+        kernel, dtype, height, most_tiles, activation, scaled, copy_bytes, factored=False, rule="", group=16, parted=0
+    ):
+        bits = _coded_weights.BITS.get(rule, 0)
+        tile = choose(kernel, height, 4096, most_tiles, capability, 132, scaled, bits, parted)
+        of_codes = _coded_weights.constants(rule, group, parted)
         copies = max(copy_bytes, 4 if dtype == "float32" else 2), copy_bytes
         constants = _constants(tile, dtype, activation, bool(activation), scaled, factored, *copies, of_codes)
         return _FILES[kernel], "grouped_gemm", constants
@@ -187,13 +193,16 @@ def variants(arch):
         for rule in _coded_weights.BITS:
             yield variant(kernel, dtype, 128, 10**6, "silu", False, 16, True, rule)
             yield variant(kernel, dtype, 128, 1, "silu", False, 1, True, rule, 2)
+        for height, rule in ((16, "fp8"), (128, "fp8"), (128, "")):
+            yield variant(kernel, dtype, height, 10**6, "silu", False, 16, rule=rule, parted=2)
 
 
-def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False, bits=0):
+def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False, bits=0, parted=0):
     """Tile of a product with `columns` rows of weights, for `most_tiles` tiles of that height; `bits` of a code."""
     shared_kib = _SHARED_KIB.get(capability, _SHARED_KIB_ELSE)
-    if bits:
-        return _coded(kernel, height, most_tiles * -(-columns // 128) < multiprocessors, shared_kib, bits)
+    if bits or parted:
+        narrow = height < 128 and most_tiles * -(-columns // 128) < multiprocessors
+        return _coded(kernel, height, narrow or bool(bits and parted and height == 128), shared_kib, bits)
     # scales of rows beside the largest parts of a tile that a warp can hold would be too many registers
     large = height == 128 and not scaled
     if large and kernel == "mma" and shared_kib >= 164 and most_tiles * (columns // 256) >= multiprocessors:
@@ -208,10 +217,10 @@ def choose(kernel, height, columns, most_tiles, capability, multiprocessors, sca
 
 
 def _coded(kernel, height, narrow, shared_kib, bits):
-    """Tile for codes: registers of the threads that decode leave room for no more than 64 sums beside."""
+    """Tile for codes or parts: threads that decode, or have two of each sum, have registers for 64 sums beside."""
     warps = (2, 4) if height == 128 else (1, 4)
     itemsize = 2 if kernel == "mma" else 4
-    for width, ctas in ((64, 2), (64, 1)) if narrow and height < 128 else ((128, 2), (128, 1), (64, 1)):
+    for width, ctas in ((64, 2), (64, 1)) if narrow else ((128, 2), (128, 1), (64, 1)):
         tile = _fitted(height, width, warps, ctas, shared_kib, bits, itemsize)
         if tile.stages >= _LEAST_CODED_STAGES and (ctas == 1 or height < 128):
             return tile

@@ -7,7 +7,7 @@ import numpy as np
 
 from cumoe.rawkernels import _coded_weights, _load, _tensor_maps
 
-_BLOCK_K = _tensor_maps.BLOCK_K
+BLOCK_K = _tensor_maps.BLOCK_K
 _CTA_BYTES = 227 << 10  # shared memory of one CTA
 _PROCESSOR_BYTES = 228 << 10  # of all CTAs of a multiprocessor, each of which takes one KiB more than it asks for
 _MANY_UNITS = 1500  # from here on, CTAs that stay cost less than one CTA a unit
@@ -17,6 +17,8 @@ _MOST_GATHERED = 2**32 * 8  # elements of the rows that are gathered, counted by
 _KEPT_BYTES = 20 << 20  # of the rows that are gathered, which L2 keeps although weights stream by
 _MOST_CODED = 160  # rows of a tile: sums that leave registers for a warpgroup that decodes
 _CODED_REGISTERS = {2: (40, 96, 56), 3: (32, 88, 48)}  # by CTAs of a multiprocessor: producers, decoders, consumers
+# of sums in parts, likewise: where scales stay with the codes, those who decode need more of them
+_PARTED_REGISTERS = {1: ((48, 96, 184), (32, 96, 64), (32, 88, 48)), 2: ((48, 80, 192), (32, 80, 72), (32, 88, 48))}
 _CODED_STAGES = 3  # of numbers; codes have the memory that is left
 _MOST_TOGETHER = 16  # tiles of one expert that go through a block of weights while it is in L2
 
@@ -37,17 +39,18 @@ class Tile(NamedTuple):
     @property
     def stage_bytes(self):
         """One buffer of the ring, with its two barriers."""
-        return (self.weights + self.tokens) * 2 * _BLOCK_K + 16
+        return (self.weights + self.tokens) * 2 * BLOCK_K + 16
 
     def code_bytes(self, rule):
         """One buffer of codes, with its two barriers."""
-        return self.weights * _BLOCK_K * _coded_weights.BITS[rule] // 8 + 16 if rule else 0
+        return self.weights * BLOCK_K * _coded_weights.BITS[rule] // 8 + 16 if rule else 0
 
-    def fixed_bytes(self, gated, gathered, scaled, factored):
-        """Shared memory beside the ring: results on their way out, what is announced of two units."""
+    def fixed_bytes(self, gated, gathered, scaled, factored, parted):
+        """Shared memory beside the rings: results on their way out, what is announced of two units."""
         staged = 16 if self.tokens % 16 == 0 else 8  # tokens of a warp at a time
         staging = 4 * self.groups * staged * (8 if gated else 16) * self.m_blocks * 2
-        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled + factored)
+        factors = 2 * self.groups * -(-self.tokens // 16) * 64 if parted else 0
+        return staging + 96 + 2 * self.tokens * 4 * (gathered + scaled + (factored or bool(parted))) + factors
 
 
 # Few rows of an expert: many small CTAs keep memory busy. More: large tiles, which read each operand less often; the
@@ -61,6 +64,17 @@ _TILES = {
         *(Tile(tokens, 2, 2, 1) for tokens in (96, 112, 144, 160, 176, 192)),
     )
 }
+_HEIGHTS = {  # by whether weights are codes, and whether sums of parts stand beside those of all parts
+    (False, False): tuple(_TILES),
+    (True, False): tuple(rows for rows in _TILES if rows <= _MOST_CODED),
+    (False, True): (8, 16, 32, 96, 144, 160),
+    (True, True): (8, 16, 32, 96, 144),
+}
+
+
+def _tile(rows, parted):
+    """The tile of that many rows; of sums in parts, which need as many registers again, one M block."""
+    return _TILES[rows]._replace(m_blocks=1) if parted else _TILES[rows]
 
 
 def mean_rows(num_pairs, num_experts):
@@ -68,14 +82,14 @@ def mean_rows(num_pairs, num_experts):
     return num_pairs / (num_experts * -math.expm1(-num_pairs / num_experts)) if num_pairs else 0.0
 
 
-def coded_heights():
-    """Rows of the tiles that weights which are codes may have."""
-    return [rows for rows in _TILES if rows <= _MOST_CODED]
+def heights(coded, parted):
+    """Rows that a tile may have: of weights which are codes, of sums that are scaled part by part."""
+    return _HEIGHTS[bool(coded), bool(parted)]
 
 
-def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded):
+def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded, parted):
     """Rows of a tile: the least that covers nearly every expert, or nearly every half; else one of the largest."""
-    tiles = coded_heights() if coded else list(_TILES)
+    tiles = heights(coded, parted)
     mean = mean_rows(num_pairs, num_experts)
     most = mean + 2.5 * math.sqrt(mean) if mean > 1 else 1
     if most <= _FEW_ROWS:
@@ -85,7 +99,7 @@ def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded):
         for rows in tiles:
             if _FEW_ROWS < rows and most <= rows * parts:
                 return rows
-    return tiles[-2 if hidden_size * intermediate_size <= _SMALL_MATRIX and not coded else -1]
+    return tiles[-2 if hidden_size * intermediate_size <= _SMALL_MATRIX and not coded and not parted else -1]
 
 
 def launch(
@@ -119,17 +133,19 @@ def launch(
     (num_experts, n, _), (rows, outputs), k = weights.shape, out.shape, x.shape[1]
     if rows == 0:
         return
-    tile = _TILES[block_rows]
+    parted = _coded_weights.parted(weight_format, k)
+    tile = _tile(block_rows, parted)
     gathered, scaled, limited = top_k > 0, output_scale.size > 0, bool(activation) and limit != math.inf
-    factored = row_factor.size + column_factor.size > 0
+    factored = (not parted and row_factor.size) + column_factor.size > 0
     if gathered and x.size > _MOST_GATHERED:
         raise NotImplementedError(f"no kernel for tokens of {x.size} elements; wgmma: at most {_MOST_GATHERED}")
     rule, group_cols = _coded_weights.of_format(weight_format, k)
-    of_codes = _coded_weights.constants(rule, group_cols)
+    of_codes = _coded_weights.constants(rule, group_cols, parted)
+    beside, (*groups, part) = _coded_weights.arguments(weight_format, n, k)
+    of_codes["PART_BLOCKS"] = 1 if part % (2 * BLOCK_K) else 2
     constants = _constants(tile, dtype, activation, gathered, bias.size > 0, scaled, limited, factored, of_codes)
     gated = bool(constants["GATED"])
-    fixed_bytes = tile.fixed_bytes(gated, gathered, scaled, factored)
-    beside, groups = _coded_weights.arguments(weight_format, n, k)
+    fixed_bytes = tile.fixed_bytes(gated, gathered, scaled, factored, parted)
 
     blocks = -(-n // tile.weights)
     full = min(rows, num_experts)  # experts that may have a tile, and the tiles beyond the first of each
@@ -138,7 +154,7 @@ def launch(
     grid = units if tile.ctas > 1 and units <= _MANY_UNITS else min(units, processors * tile.ctas)
     ctas = min(tile.ctas, -(-grid // processors))
     ring_bytes = min(_CTA_BYTES, _PROCESSOR_BYTES // ctas - 1024) - fixed_bytes
-    most_stages = max(2, -(-k // _BLOCK_K)) if grid == units else ring_bytes  # no further unit will fill the ring
+    most_stages = max(2, -(-k // BLOCK_K)) if grid == units else ring_bytes  # no further unit will fill the ring
     stages, code_stages = min(ring_bytes // tile.stage_bytes, most_stages), 0
     code_bytes = tile.code_bytes(rule)
     if rule:
@@ -167,6 +183,8 @@ def launch(
         outputs,
         int(interleaved),
         column_factor.shape[-1],
+        part,
+        row_factor.shape[-1],
         top_k,
         stages,
         code_stages,
@@ -185,8 +203,10 @@ def _constants(
     tile, dtype, activation, gathered, biased=False, scaled=False, limited=False, factored=False, of_codes=None
 ):
     """Macros of the kernel; `of_codes` are those of coded_weights.cuh."""
-    of_codes = of_codes or _coded_weights.constants("", 0)
-    if of_codes["CODED"]:
+    of_codes = {"PART_BLOCKS": 2} | (of_codes or _coded_weights.constants("", 0))
+    if of_codes["CODED"] and of_codes["PARTED"]:
+        registers = _PARTED_REGISTERS[of_codes["PARTED"]][tile.ctas - 1]
+    elif of_codes["CODED"]:
         registers = _CODED_REGISTERS.get(tile.ctas) or ((48, 80, 192) if gathered else (32, 96, 192))
     elif tile.ctas > 1:  # these have registers enough without moving them
         registers = 0, 0, 0
@@ -213,9 +233,9 @@ def _constants(
     }
 
 
-def explain(num_pairs, num_experts, hidden_size, intermediate_size, coded):
+def explain(num_pairs, num_experts, hidden_size, intermediate_size, coded, parted):
     """Lines that say which tile a call uses and why."""
-    tile = _TILES[block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded)]
+    tile = _tile(block_rows(num_pairs, num_experts, hidden_size, intermediate_size, coded, parted), parted)
     mean = mean_rows(num_pairs, num_experts)
     where = (
         f"{tile.ctas} blocks a multiprocessor"
@@ -233,12 +253,20 @@ def variants(arch):
     if arch != "sm_90a":
         return
     for dtype in ("bfloat16", "float16"):
-        for tile in _TILES.values():
+        for rows in heights(False, False):
+            tile = _TILES[rows]
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "silu", True)
             yield "grouped_gemm_wgmma.cu", "grouped_gemm", _constants(tile, dtype, "", False, scaled=True)
-            for rule in _coded_weights.BITS if tile.tokens <= _MOST_CODED else ():
+            for rule in _coded_weights.BITS if rows in heights(True, False) else ():
                 of_codes = _coded_weights.constants(rule, 32)
                 first = _constants(tile, dtype, "silu", True, factored=True, of_codes=of_codes)
                 second = _constants(tile, dtype, "", False, scaled=True, factored=True, of_codes=of_codes)
                 for constants in (first, second, *([first | {"BIASED": 1}] if rule == "mxfp4" else [])):
                     yield "grouped_gemm_wgmma.cu", "grouped_gemm", constants
+    for rule in ("", "fp8", "int8"):
+        for rows in heights(rule, True):
+            of_codes = _coded_weights.constants(rule, 128, parted=2)
+            first = _constants(_tile(rows, True), "bfloat16", "silu", True, of_codes=of_codes)
+            second = _constants(_tile(rows, True), "bfloat16", "", False, scaled=True, of_codes=of_codes)
+            for constants in (first, second):
+                yield "grouped_gemm_wgmma.cu", "grouped_gemm", constants

@@ -5,7 +5,7 @@
 // A thread decodes PIECE neighbours of a row, then those of the row STEP further on. Numbers are laid out as
 // memory.cuh says. A scale for a whole piece is asked for AHEAD blocks of K before it is needed: it comes from memory.
 // Constants  X element type; RULE of decoders (format_rules.cuh); ALIKE neighbours, a power of two up to PIECE, that
-//            share a scale
+//            share a scale; PARTED 2: scales meet sums, and the number is the code's without one
 
 using Rule = decoders::RULE;
 
@@ -75,7 +75,7 @@ struct Decoder {
     // Ask for the scales of the block at element k.
     __device__ __forceinline__ void ask(int slot, int k)
     {
-        if (ALIKE < PIECE) return;
+        if (ALIKE < PIECE || PARTED == 2) return;
         const int at = across(k);
 #pragma unroll
         for (int i = 0; i < PASSES; ++i) load(groups[i] + at, scales[slot][i], zeros[slot][i]);
@@ -114,8 +114,8 @@ struct Decoder {
             for (int g = 0; g < GROUPS_A_PIECE; ++g) {
                 Rule::Scale own = scales[slot][i];
                 uint8 own_zero = zeros[slot][i];
-                if (ALIKE < PIECE) load(groups[i] + across(k + g * ALIKE), own, own_zero);
-                const float p = Rule::prepare(own, 1.0f);
+                if (ALIKE < PIECE && PARTED != 2) load(groups[i] + across(k + g * ALIKE), own, own_zero);
+                const float p = PARTED == 2 ? 1.0f : Rule::prepare(own, 1.0f);
                 const float origin = Spread<Rule>::origin(Rule::ZERO && zero_points ? own_zero : Rule::ZERO);
 #pragma unroll
                 for (int j = g * ALIKE; j < (g + 1) * ALIKE; ++j) {

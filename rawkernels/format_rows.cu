@@ -1,10 +1,11 @@
 // format_rows.cu: rows of activations as what their codes in a small format are worth, read and written once.
 //
 //   s = SCALE(largest |x| of the group), code = CODE(x[r, k] by s), numbers[r, k] = worth of the code, times s; or
-//   factor[r] = s, where a group is a row, and then numbers[r, k] without it
+//   factor[r, group] = s, and then numbers[r, k] without it
 //
 // Shapes     x and numbers (R, K) X, which may be the same; groups of group_cols elements of a row, fewer at its end.
-//            scale (1,) float, of all groups if GIVEN; global_scale (1,) or (R,) float, or null; factor (R,) float or null
+//            scale (1,) float, of all groups if GIVEN; global_scale (1,) or (R,) float, or null; factor (R, groups
+//            or more) float or null
 // Work       TEAM threads a group, of one warp or a block. A thread has every TEAM-th piece of WIDTH elements: it keeps the
 //            first ones in registers, and the others of a long row it reads again
 // Numbers    float32, every operation rounded (format_rules.cuh), and the result once more to X; NaN is not the largest
@@ -64,9 +65,11 @@ __device__ __forceinline__ void quantise(X* numbers, const X (&given)[WIDTH], P 
 }
 
 // Of a row, `across` groups and `row_pieces`; of a group, `pieces`. `is_by_row`: each row has its own global scale.
+// `stride` factors of a row, of which `groups_a_row` are filled: rows of whole groups are given as more rows of one each.
 extern "C" __global__ __launch_bounds__(BLOCK)
 void quantise_rows(const X* x, const float* scale, const float* global_scale, X* numbers, float* factor,
-                   int64 num_groups, int64 across, int64 row_pieces, uint32 pieces, int is_by_row)
+                   int64 num_groups, int64 across, int64 row_pieces, uint32 pieces, int is_by_row, int64 groups_a_row,
+                   int64 stride)
 {
     wait_for_previous();
     let_next_start();
@@ -102,7 +105,10 @@ void quantise_rows(const X* x, const float* scale, const float* global_scale, X*
     const auto s = scale_of(scale, largest, limit);
     const auto by = Encoder::prepare(s, limit);
     const float worth = factor == nullptr ? Decoder::prepare(s, 1.0f) : 1.0f;
-    if (factor != nullptr && thread == 0) factor[group] = s;
+    if (factor != nullptr && thread == 0) {
+        const int64 of_row = quotient(group, groups_a_row);
+        factor[of_row * stride + group - of_row * groups_a_row] = s;
+    }
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
         if (thread + i * TEAM < count) quantise(numbers + (int64)(thread + i * TEAM) * WIDTH, kept[i], by, worth);

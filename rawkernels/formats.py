@@ -87,7 +87,8 @@ def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, gl
     num_rows, size = x.shape
     if num_rows == 0 or x.size + factor.size == 0:
         return
-    cols, across = (size, 1) if factor.size else (min(group_cols, size), -(-size // group_cols))
+    cols, across = (min(group_cols, size), -(-size // group_cols)) if group_cols else (size, 1)
+    stride, groups_a_row = factor.size // num_rows, across
     is_by_row = global_scale is not None and len(global_scale) > 1
     if size == across * cols and not is_by_row:  # then the groups do not know of the rows
         num_rows, size, across = num_rows * across, cols, 1
@@ -108,6 +109,8 @@ def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, gl
         size // width,
         pieces,
         int(is_by_row),
+        groups_a_row,
+        stride,
         overlap=True,
     )
 

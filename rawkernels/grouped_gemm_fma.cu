@@ -2,6 +2,7 @@
 //
 //   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)
 //   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
+//   PARTED: as in grouped_gemm_wgmma.cu
 //
 // Shapes     x (rows, K), weights (E, N, K), out (R, outputs), all float32; N = 2 * outputs if GATED, else outputs
 // Work       one CTA a tile of `schedule` and block of columns; WARPS_M x WARPS_N warps. A warp is 8 x 4 lanes; a lane
@@ -31,6 +32,7 @@
 #define SCALED 0
 #define FACTORED 0
 #define CODED 0
+#define PARTED 0
 #define RULE fp8
 #define ALIKE 16
 #define ACTIVATION silu
@@ -53,14 +55,13 @@ struct Warp {
     int row, column;    // first ones of the warp, in the tile
     int lane_m, lane_n; // the lane has rows row + lane_m + 8 i, columns column + lane_n + 4 j
     float factor[ROWS]; // if SCALED, of its rows
+    PartScales<ROWS, COLUMNS> parts;
 
     __device__ __forceinline__ Warp(const Problem& p, const Tile& tile)
+        : row(threadIdx.x / 32 % WARPS_M * ROWS * 8), column(threadIdx.x / 32 / WARPS_M * COLUMNS * 4),
+          lane_m(threadIdx.x % 32 / 4), lane_n(threadIdx.x % 4),
+          parts(p, tile, [&](int i) { return row + lane_m + i * 8; }, [&](int j) { return column + lane_n + j * 4; })
     {
-        const int warp = threadIdx.x / 32;
-        row = warp % WARPS_M * ROWS * 8;
-        column = warp / WARPS_M * COLUMNS * 4;
-        lane_m = threadIdx.x % 32 / 4;
-        lane_n = threadIdx.x % 4;
         if (SCALED)
 #pragma unroll
             for (int i = 0; i < ROWS; ++i) factor[i] = scale_at(p, p.input_scale, tile, row + lane_m + i * 8);
@@ -92,6 +93,16 @@ struct Warp {
                 }
             }
         }
+    }
+    // The sums of the part that ends with the block of element k.
+    __device__ __forceinline__ void add(Sums& total, Sums& sums, int k) const
+    {
+        float of_row[ROWS], of_column[COLUMNS];
+        parts.load(k, of_row, of_column);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) add_part(total[i][j], sums[i][j], of_row[i], of_column[j]);
     }
     // Sums -> results, in rows of STAGED_PITCH elements. Of 16 columns, j % 4 < 2 are the gates of j % 4 + 2.
     __device__ __forceinline__ void finish(const Problem& p, const Tile& tile, const Sums& sums, X* staged) const

@@ -5,7 +5,8 @@
 //   begin(rows, weights)             before the first stage
 //   multiply(sums, rows, weights)    when it returns, nothing of the stage is needed any more
 //   end(sums, rows, weights)         those of the next one, which have landed
-//   finish(..., sums, staged)  results into shared memory
+//   parts, add(total, sums, k)       if PARTED, behind the last stage of a part
+//   finish(..., sums, staged)        results into shared memory
 
 // Groups of copies that may be on their way while a stage is multiplied: the next one's codes have landed.
 constexpr int PENDING = CODED ? STAGES - 3 : STAGES - 2;
@@ -16,14 +17,15 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const Rule::Scale* scale, const uint8* zero_points, const float* bias, const float* output_scale,
     const float* row_factor, const float* column_factor, X* out, int group_rows, int group_columns, int down,
     int across, int64 x_stride, int64 expert_stride, int64 weight_stride, int top_k, int interleaved, int K,
-    int outputs, int factor_columns, int most_tiles, int parts, int column_blocks, int wide_stores, int ahead,
-    float alpha, float beta, float limit)
+    int outputs, int factor_columns, int part, int row_parts, int most_tiles, int parts, int column_blocks,
+    int wide_stores, int ahead, float alpha, float beta, float limit)
 {
     Problem p;
     p.schedule = schedule, p.permuted_idx = permuted_idx;
     p.input_scale = input_scale, p.output_scale = output_scale, p.bias = bias;
     p.row_factor = row_factor, p.column_factor = column_factor, p.factor_columns = factor_columns;
     p.x = x, p.weights = weights, p.out = out;
+    p.part = part, p.row_parts = row_parts;
     p.scales = {scale, zero_points, group_rows, group_columns, down, across};
     p.x_stride = x_stride, p.expert_stride = expert_stride, p.weight_stride = weight_stride;
     p.top_k = top_k, p.interleaved = interleaved, p.K = K, p.outputs = outputs;
@@ -53,7 +55,7 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     }
     Warp warp(p, tile);
     const bool works = warp.row < tile.rows && tile.column + (GATED ? warp.column / 2 : warp.column) < outputs;
-    Warp::Sums sums = {};
+    Warp::Sums sums = {}, total = {}; // of all parts; if not PARTED the sums are
     uint32 reads = first, writes = first + (STAGES - 1) * STAGE;
     Decoder<THREADS, BLOCK_COLUMNS, BLOCK_K, 1> decoder(threadIdx.x, K);
     if (CODED) {
@@ -91,11 +93,12 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
         copies_wait<PENDING>(); // the next stage has landed
         __syncthreads();
         if (works) warp.end(sums, reads, numbers); // behind the last stage: reads what is there, uses nothing of it
+        if (works && warp.parts.ends((k + 1) * BLOCK_K, K)) warp.add(total, sums, k * BLOCK_K);
     }
 
     __syncthreads(); // the stages are free
     X* staged = (X*)shared;
-    if (works) warp.finish(p, tile, sums, staged);
+    if (works) warp.finish(p, tile, PARTED ? total : sums, staged);
     __syncthreads();
     store_tile(p, tile, staged);
 }

@@ -3,6 +3,7 @@
 //
 //   out[r] = activation(((x[source(r)] * input_scale) @ weights[expert of r].T * factors + bias) * output_scale)
 //   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
+//   PARTED: as in grouped_gemm_wgmma.cu
 //
 // Shapes     x (rows, K) X, weights (E, N, K) X, out (R, outputs) X; N = 2 * outputs if GATED, else outputs
 // Work       one CTA a tile of `schedule` and block of columns; WARPS_M x WARPS_N warps, each with its part of the
@@ -33,6 +34,7 @@
 #define SCALED 0
 #define FACTORED 0
 #define CODED 0
+#define PARTED 0
 #define RULE fp8
 #define ALIKE 16
 #define ACTIVATION silu
@@ -62,12 +64,15 @@ struct Warp {
     uint32 a_at, b_at, a_turn, b_turn;
     float factor[M_STEPS][2]; // if SCALED, of the rows of this lane's fragments
     Fragments f[2];           // one is multiplied while the other is loaded
+    PartScales<M_STEPS * 2, N_STEPS * 2> parts;
 
     __device__ __forceinline__ Warp(const Problem& p, const Tile& tile)
+        : row(threadIdx.x / 32 % WARPS_M * M_STEPS * 16), column(threadIdx.x / 32 / WARPS_M * N_STEPS * 8),
+          parts(
+              p, tile, [&](int i) { return row + i * 8 + threadIdx.x % 32 / 4; },
+              [&](int j) { return column + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; })
     {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        row = warp % WARPS_M * M_STEPS * 16;
-        column = warp / WARPS_M * N_STEPS * 8;
+        const int lane = threadIdx.x % 32;
         a_at = (row + lane % 16) * TILE_PITCH;
         a_turn = (lane / 16 ^ lane % 8) << 4;
         b_at = (column + lane / 16 * 8 + lane % 8) * TILE_PITCH;
@@ -122,6 +127,19 @@ struct Warp {
         for (int m = 0; m < M_STEPS; ++m)
 #pragma unroll
             for (int n = 0; n < N_STEPS; ++n) Fragment<X>::multiply(sums[m][n], of.a[m], of.b[n]);
+    }
+    // The sums of the part that ends with the block of element k.
+    __device__ __forceinline__ void add(Sums& total, Sums& sums, int k) const
+    {
+        float of_row[M_STEPS * 2], of_column[N_STEPS * 2];
+        parts.load(k, of_row, of_column);
+#pragma unroll
+        for (int m = 0; m < M_STEPS; ++m)
+#pragma unroll
+            for (int n = 0; n < N_STEPS; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    add_part(total[m][n][i], sums[m][n][i], of_row[m * 2 + i / 2], of_column[n * 2 + i % 2]);
     }
     // Sums -> results, in rows of STAGED_PITCH elements.
     __device__ __forceinline__ void finish(const Problem& p, const Tile& tile, const Sums& sums, X* staged) const

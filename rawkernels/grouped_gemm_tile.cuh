@@ -7,6 +7,7 @@
 // If CODED, the weights of a stage are codes in rows of CODES_PITCH, and two buffers of numbers lie behind the stages.
 // Constants  X element type, BLOCK_ROWS, BLOCK_COLUMNS (a multiple of 16), WARPS_M x WARPS_N, GATED, ACTIVATION
 //            FACTORED: there is a row_factor or a column_factor; CODED, with those of coded_weights.cuh
+//            PARTED: sums of parts of K meet row_factor (rows, parts) and, 2, scales that are not in the weights
 //            COPY_X, COPY_W bytes of a copy (16, 8, 4, 2, and 1 of codes), which divide every address and row
 
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
@@ -31,11 +32,12 @@ struct Problem {
     const float* input_scale;   // by pair, or null
     const float* bias;          // (E, weight rows), or null
     const float* output_scale;  // by pair, or null
-    const float* row_factor;    // by row of x, or null
+    const float* row_factor;    // by row of x, or null; if PARTED by row and part
     const float* column_factor; // (E, factor_columns): weight rows or 1; or null
     const uint8* x;
     const uint8* weights;
-    Scales scales; // of codes
+    Scales scales;       // of codes
+    int part, row_parts; // if PARTED: elements of a part of a row, and parts
     X* out;
     int64 x_stride, expert_stride, weight_stride; // bytes
     int top_k, interleaved, K, outputs;           // top_k 0: row r of x is row r
@@ -190,13 +192,18 @@ __device__ __forceinline__ float scale_at(const Problem& p, const float* scale, 
     return scale[p.permuted_idx ? p.permuted_idx[tile.row + row] : tile.row + row];
 }
 
+// Row of x that tile row `row` reads.
+__device__ __forceinline__ int source_row(const Problem& p, const Tile& tile, int row)
+{
+    const int at = tile.row + row;
+    return p.top_k ? (uint32)(p.permuted_idx ? p.permuted_idx[at] : at) / (uint32)p.top_k : at;
+}
+
 // Factor of the row of x that tile row `row` reads, and of the weights of tile output `column`; 1 where there is none.
 __device__ __forceinline__ float row_factor_at(const Problem& p, const Tile& tile, int row)
 {
-    if (!FACTORED || !p.row_factor || row >= tile.rows) return 1.0f;
-    int source = tile.row + row;
-    if (p.top_k) source = (uint32)(p.permuted_idx ? p.permuted_idx[source] : source) / (uint32)p.top_k;
-    return p.row_factor[source];
+    if (!FACTORED || PARTED || !p.row_factor || row >= tile.rows) return 1.0f;
+    return p.row_factor[source_row(p, tile, row)];
 }
 __device__ __forceinline__ float column_factor_at(const Problem& p, const Tile& tile, int column, int up)
 {
@@ -204,6 +211,47 @@ __device__ __forceinline__ float column_factor_at(const Problem& p, const Tile& 
     if (!FACTORED || !p.column_factor || output >= p.outputs) return 1.0f;
     const int row = p.factor_columns == 1 ? 0 : weight_row(p, output, up);
     return p.column_factor[(int64)tile.expert * p.factor_columns + row];
+}
+
+// What the sums of a part of K are multiplied by: ROWS rows and COLUMNS columns of a tile, as one thread has them.
+template <int ROWS, int COLUMNS>
+struct PartScales {
+    const float* factors[ROWS]; // of the parts of each row
+    const Rule::Scale* scales;  // of the expert
+    int groups[COLUMNS];        // where those of each column begin
+    int part, group_columns;
+
+    template <typename RowOf, typename ColumnOf>
+    __device__ __forceinline__ PartScales(const Problem& p, const Tile& tile, RowOf row_of, ColumnOf column_of)
+    {
+        if (!PARTED) return;
+        part = p.part, group_columns = p.scales.group_columns;
+        scales = p.scales.scale + (int64)tile.expert * p.scales.down * p.scales.across;
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+            factors[i] = p.row_factor + (int64)source_row(p, tile, min(row_of(i), tile.rows - 1)) * p.row_parts;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+            groups[j] = weight_row_of(p, tile, column_of(j)) / p.scales.group_rows * p.scales.across;
+    }
+    // Whether the part ends with the element before k.
+    __device__ __forceinline__ bool ends(int k, int K) const { return PARTED && (k >= K || k % part == 0); }
+    __device__ __forceinline__ void load(int k, float (&row)[ROWS], float (&column)[COLUMNS]) const
+    {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) row[i] = __ldg(factors[i] + (uint32)k / (uint32)part);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+            column[j] =
+                PARTED == 2 ? Rule::prepare(__ldg(scales + groups[j] + (uint32)k / (uint32)group_columns), 1.0f) : 1.0f;
+    }
+};
+
+// The total with the sums of one more part, which begin anew.
+__device__ __forceinline__ void add_part(float& total, float& sum, float row, float column)
+{
+    total = __fmaf_rn(__fmul_rn(sum, column), row, total);
+    sum = 0.0f;
 }
 
 // h before the activation; `row` and `column` are factors, if FACTORED.

@@ -2,6 +2,8 @@
 //
 //   out[r] = activation((x[source(r)] @ weights[expert of r].T * factors + bias) * output_scale)
 //   factors = row_factor[source(r)] * column_factor[expert of r, row of the weights]
+//   PARTED: the product is sum over parts of K of ((x[source(r), part] @ weights[expert of r, part].T * scale of the
+//   weights' group) * row_factor[source(r), part]), and factors are of columns only
 //
 // Shapes     x (rows, K) X, weights (E, N, K) X through a tensor map, out (R, OUTPUTS) X; N = 2 * OUTPUTS if GATED
 // Work       unit = (tile of `schedule`, block of weight rows). A CTA takes unit blockIdx.x, then whichever is next: warp
@@ -17,7 +19,8 @@
 // Constants  X, WGMMA_TYPE; ACTIVATED, ACTIVATION, GATED; BIASED, SCALED, LIMITED: bias, output_scale, limit are given;
 //            FACTORED: a row_factor or a column_factor is; GATHERED: rows by permuted_idx; GROUPS warpgroups of
 //            M_BLOCKS x 64 weight rows, COLUMNS tokens; MIN_CTAS of a multiprocessor; registers of each kind of
-//            warps, 0: as compiled; CODED, with those of coded_weights.cuh
+//            warps, 0: as compiled; CODED, with those of coded_weights.cuh; PARTED: the row_factor is (rows, parts),
+//            2: scales are not in the weights; PART_BLOCKS of K at a time
 // Launched   by _grouped_gemm_wgmma.py, which chooses the tiles
 
 #include "numbers.cuh"
@@ -48,6 +51,8 @@
 #define CONSUMER_REGISTERS 224
 #define DECODER_REGISTERS 0
 #define CODED 0
+#define PARTED 0
+#define PART_BLOCKS 2
 #define RULE fp8
 #define ALIKE 16
 #endif
@@ -87,6 +92,7 @@ struct Problem {
     const float *row_factor, *column_factor; // by row of x; (E, factor_columns): weight rows or 1; null: ones
     int outputs, interleaved, factor_columns;
     float alpha, beta, limit;
+    int part, parts; // if PARTED: elements of K that share a factor of a row, and the room for factors of a row
 };
 
 struct Unit {
@@ -152,7 +158,7 @@ struct Announced {
         scales = rows + (GATHERED ? 2 * COLUMNS * 4 : 0);
         factors = scales + (SCALED ? 2 * COLUMNS * 4 : 0);
     }
-    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED + FACTORED);
+    static constexpr int BYTES = 96 + 2 * COLUMNS * 4 * (GATHERED + SCALED + (FACTORED || PARTED));
 
     __device__ __forceinline__ uint32 told(int n) const { return barriers + n % 2 * 8; } // the unit is there
     __device__ __forceinline__ uint32 detailed(int n) const
@@ -184,6 +190,7 @@ struct Announced {
 };
 
 #include "grouped_gemm_wgmma_store.cuh"
+#include "grouped_gemm_wgmma_parts.cuh"
 #include "grouped_gemm_wgmma_roles.cuh"
 #include "grouped_gemm_wgmma_codes.cuh"
 
@@ -192,13 +199,15 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     const int* permuted_idx, const uint8* x, const Rule::Scale* scale, const uint8* zero_points, const float* bias,
     const float* output_scale, const float* row_factor, const float* column_factor, X* out, int group_rows,
     int group_columns, int down, int across, int blocks, int K, int outputs, int interleaved, int factor_columns,
-    int top_k, int stages, int code_stages, int together, int ahead, float kept, float alpha, float beta, float limit)
+    int part, int parts, int top_k, int stages, int code_stages, int together, int ahead, float kept, float alpha,
+    float beta, float limit)
 {
     extern __shared__ __align__(1024) uint8 shared[]; // the swizzle counts from multiples of 1024
     const uint32 base = shared_address(shared), codes = base + stages * STAGE;
     const uint32 staging = CODED ? codes + code_stages * CODES : codes;
     const uint32 barriers = staging + GROUPS * 4 * STAGING, code_barriers = barriers + 2 * stages * 8;
-    const Announced announced(CODED ? code_barriers + 2 * code_stages * 8 : code_barriers);
+    const uint32 factors = CODED ? code_barriers + 2 * code_stages * 8 : code_barriers;
+    const Announced announced(PARTED ? factors + GROUPS * 2 * FACTORS : factors);
     if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) {
             barrier_init(barriers + s * 8, (CODED ? 128 : GATHERED) + (GATHERED ? GATHERING : 1));
@@ -217,14 +226,14 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
 
     const int k_blocks = (K + BLOCK_K - 1) / BLOCK_K, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     const Tiles tiles{schedule, blocks, together};
-    const Problem problem{permuted_idx, out,         bias,           output_scale, row_factor, column_factor,
-                          outputs,      interleaved, factor_columns, alpha,        beta,       limit};
+    const Problem problem{permuted_idx,   out,   bias, output_scale, row_factor, column_factor, outputs, interleaved,
+                          factor_columns, alpha, beta, limit,        part,       parts};
+    const Scales scales{scale, zero_points, group_rows, group_columns, down, across};
     Ring ring{base, barriers, stages, 0, 0};
     CodeRing code_ring{codes, code_barriers, code_stages, 0, 0};
     if (CODED && warp >= 4 && warp < 8) {
         set_registers<DECODER_REGISTERS>();
         ring.parity = 1;
-        const Scales scales{scale, zero_points, group_rows, group_columns, down, across};
         decode_units(announced, code_ring, ring, problem, scales, K, k_blocks);
         return;
     }
@@ -245,5 +254,7 @@ extern "C" __global__ __launch_bounds__(THREADS, MIN_CTAS) void grouped_gemm(
     }
     set_registers<CONSUMER_REGISTERS>();
     wait_for_previous();
-    consume(announced, ring, problem, staging + (warp - CONSUMERS_AT) * STAGING, k_blocks, (warp - CONSUMERS_AT) / 4);
+    const int group = (warp - CONSUMERS_AT) / 4;
+    const uint32 results = staging + (warp - CONSUMERS_AT) * STAGING;
+    consume(announced, ring, problem, scales, results, factors, k_blocks, group);
 }

@@ -4,13 +4,6 @@
 // Blocks of K that scales are asked for ahead: of small tiles more, whose blocks pass sooner.
 constexpr int AHEAD = WEIGHTS <= 64 ? 4 : WEIGHTS <= 128 ? 2 : 1;
 
-// Row of the weights that row r of a tile is, or one that exists: 8 gate rows lie before the 8 up rows of their outputs.
-__device__ __forceinline__ int weight_row_of(const Problem& p, const Unit& unit, int r)
-{
-    const int output = min(unit.block * TILE_OUTPUTS + (GATED ? r / 16 * 8 + r % 8 : r), p.outputs - 1);
-    return !GATED ? output : r / 8 % 2 ? up_row(p, output) : gate_row(p, output);
-}
-
 // A warpgroup: codes of the ring `codes` to numbers in the ring that the others multiply from.
 __device__ __forceinline__ void decode_units(const Announced& announced, CodeRing codes, Ring ring, const Problem& p,
                                              const Scales& scales, int K, int k_blocks)

@@ -24,7 +24,7 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
             barrier_arrive(announced.told(n));
         }
         if (u.left == 0) return;
-        if (GATHERED || SCALED || FACTORED) {
+        if (GATHERED || SCALED || FACTORED || PARTED) {
             int pair[DETAILS];
 #pragma unroll
             for (int i = 0; i < DETAILS; ++i) {
@@ -35,11 +35,14 @@ __device__ __forceinline__ void announce(Tiles tiles, const Announced& announced
             for (int i = 0; i < DETAILS; ++i) {
                 const int at = (lane + i * 32) * 4;
                 if (lane + i * 32 >= COLUMNS) break;
-                if (GATHERED) store_shared(announced.rows_of(n) + at, (uint32)(pair[i] / top_k) * (uint32)row_chunks);
+                const int tile_row = u.row + min(lane + i * 32, u.left - 1);
+                const int source = GATHERED ? pair[i] / top_k : tile_row;
+                if (GATHERED) store_shared(announced.rows_of(n) + at, (uint32)source * (uint32)row_chunks);
                 if (SCALED) store_shared(announced.scales_of(n) + at, __float_as_uint(p.output_scale[pair[i]]));
-                if (FACTORED) {
-                    const int row = GATHERED ? pair[i] / top_k : u.row + min(lane + i * 32, u.left - 1);
-                    const float factor = p.row_factor ? p.row_factor[row] : 1.0f;
+                if (PARTED)
+                    store_shared(announced.factors_of(n) + at, (uint32)source * (uint32)p.parts);
+                else if (FACTORED) {
+                    const float factor = p.row_factor ? p.row_factor[source] : 1.0f;
                     store_shared(announced.factors_of(n) + at, __float_as_uint(factor));
                 }
             }
@@ -130,10 +133,12 @@ __device__ __forceinline__ void gather(const Announced& announced, Ring ring, co
 
 // ---- multiplying ----
 
-// d = weights @ rows.T of a unit, its first N tokens.
+// d = weights @ rows.T of a unit, its first N tokens; if PARTED, of scaled parts.
 template <int N>
-__device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks, int group)
+__device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, PartScales& scales,
+                                         PartFactors& factors, int k_blocks, int group)
 {
+    if constexpr (PARTED) return multiply_parts<N>(d, ring, scales, factors, k_blocks, group);
     const bool first_lane = threadIdx.x % 32 == 0;
     const uint64 rows = group * M_BLOCKS * 512; // descriptors count 16 bytes
     constexpr uint64 block = 1024 >> 4;         // of M_BLOCKS: from its first 8 rows to those of the next
@@ -161,17 +166,17 @@ __device__ __forceinline__ void multiply(float (&d)[M_BLOCKS][COLUMNS / 2], Ring
 
 // The same with the least N that covers `tokens`.
 template <int N>
-__device__ __forceinline__ void multiply_tokens(int tokens, float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring, int k_blocks,
-                                                int group)
+__device__ __forceinline__ void multiply_tokens(int tokens, float (&d)[M_BLOCKS][COLUMNS / 2], Ring& ring,
+                                                PartScales& scales, PartFactors& factors, int k_blocks, int group)
 {
     if constexpr (smaller(N) > 0)
-        if (tokens <= smaller(N)) return multiply_tokens<smaller(N)>(tokens, d, ring, k_blocks, group);
-    multiply<N>(d, ring, k_blocks, group);
+        if (tokens <= smaller(N)) return multiply_tokens<smaller(N)>(tokens, d, ring, scales, factors, k_blocks, group);
+    multiply<N>(d, ring, scales, factors, k_blocks, group);
 }
 
 // A warp of a warpgroup: multiply and store all units of this CTA.
-__device__ __forceinline__ void consume(const Announced& announced, Ring ring, const Problem& p, uint32 staging,
-                                        int k_blocks, int group)
+__device__ __forceinline__ void consume(const Announced& announced, Ring ring, const Problem& p, const Scales& scales,
+                                        uint32 staging, uint32 places, int k_blocks, int group)
 {
     for (int n = 0;; ++n) {
         const Unit unit = announced.wait(n);
@@ -179,7 +184,9 @@ __device__ __forceinline__ void consume(const Announced& announced, Ring ring, c
         // on their way while the products run
         const OfRows biases = load_biases(p, unit, group), factors = load_factors(p, unit, group);
         float d[M_BLOCKS][COLUMNS / 2];
-        multiply_tokens<COLUMNS>(unit.left, d, ring, k_blocks, group);
+        PartScales part_scales(p, unit, scales, group);
+        PartFactors part_factors(announced, p, n, places + group * 2 * FACTORS);
+        multiply_tokens<COLUMNS>(unit.left, d, ring, part_scales, part_factors, k_blocks, group);
         if (SCALED || FACTORED) barrier_wait(announced.detailed(n), announced.parity(n));
         store_tile(d, p, biases, factors, unit, staging, announced.scales_of(n), announced.factors_of(n), group);
         barrier_arrive(announced.free(n));

@@ -15,6 +15,12 @@ __device__ __forceinline__ int up_row(const Problem& p, int column)
 {
     return p.interleaved ? 2 * column + 1 : p.outputs + column;
 }
+// Row of the weights that row r of a tile is, or one that exists: 8 gate rows lie before the 8 up rows of their outputs.
+__device__ __forceinline__ int weight_row_of(const Problem& p, const Unit& unit, uint32 r)
+{
+    const int output = min(unit.block * TILE_OUTPUTS + (int)(GATED ? r / 16 * 8 + r % 8 : r), p.outputs - 1);
+    return !GATED ? output : r / 8 % 2 ? up_row(p, output) : gate_row(p, output);
+}
 __device__ __forceinline__ float bias_at(const Problem& p, int expert, int row, int column)
 {
     const int64 width = GATED ? 2 * p.outputs : p.outputs;
@@ -128,7 +134,8 @@ __device__ __forceinline__ void store_tile(const float (&d)[M_BLOCKS][COLUMNS / 
         for (int e = 0; e < EIGHTS; ++e) {
             const int at = (first + e * 8) * 4 + lane % 4 * 8;
             if (SCALED) load_shared(scales + at, of[e].scale[0], of[e].scale[1]);
-            if (FACTORED) load_shared(factors + at, of[e].factor[0], of[e].factor[1]);
+            of[e].factor[0] = of[e].factor[1] = 1.0f;
+            if (FACTORED && !PARTED) load_shared(factors + at, of[e].factor[0], of[e].factor[1]);
         }
     };
     const auto leave = [&](int first) { // those from token `first` on

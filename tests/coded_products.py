@@ -74,6 +74,10 @@ class Coded(NamedTuple):
     worth: np.ndarray  # the numbers
     exact: object  # the product of exact numbers, as `products.Product`
 
+    def is_wrong(self):
+        """Whether codes that become numbers first give other bits than these."""
+        return self.codes().tobytes() != self.numbers().tobytes()
+
 
 def coded_product(xp, seed, how, dtype, kernel, num_tokens, outputs, k, activation="", num_experts=3, **parts):
     """

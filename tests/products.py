@@ -99,18 +99,18 @@ def make_product(seed, num_tokens, top_k, num_experts, outputs, k, dtype, activa
     )
 
 
-def law(p, kernel):
-    """Value and bound of every row that an expert has."""
+def law(p, kernel, x=None):
+    """Value and bound of every row that an expert has; `x` is a `Bounded` of the rows, if they are not those of `p`."""
+    rows_of_all = experts.Bounded(p.x.astype(np.float64), np.zeros(p.x.shape)) if x is None else x
     dtype, unit = p.x.dtype, TF32_UNIT if kernel == "tf32" else 0.0
     value, error = np.zeros((p.offsets[-1], p.outputs)), np.zeros((p.offsets[-1], p.outputs))
     for e in range(len(p.weights)):
         rows = slice(p.offsets[e], p.offsets[e + 1])
         pairs = p.permuted_idx[rows]
         source = pairs // p.top_k if p.top_k else np.arange(rows.start, rows.stop)
-        x = p.x[source].astype(np.float64)
-        first = experts.Bounded(x, np.zeros_like(x))
+        first = experts.Bounded(*(part[source] for part in rows_of_all))
         if p.input_scale.size:
-            x = x * p.input_scale[pairs, None].astype(np.float64)
+            x = first.value * p.input_scale[pairs, None].astype(np.float64)
             first = experts.Bounded(x, rounded(x, SUM_UNIT * np.abs(x), dtype))
         bias = p.bias[e] if p.bias.size else None
         if p.row_factor.size or p.column_factor.size:
@@ -191,7 +191,8 @@ def on_side(xp, p, dtype, kernel, **other):
     refusal = pack.refusal(kernel, dtype, k, outputs, True, p.input_scale.size > 0)
     if xp is not np and refusal:
         pytest.skip(refusal)
-    block_rows = other.get("block_rows") or room.block_rows(p.num_rows, len(p.weights), k, outputs, dtype, 0, kernel)
+    sizes = p.num_rows, len(p.weights), k, outputs, dtype, 0, False
+    block_rows = other.get("block_rows") or room.block_rows(*sizes, kernel)
     side = OnSide(
         room,
         permute,

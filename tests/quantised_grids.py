@@ -71,16 +71,24 @@ class Layer:
         self.has_bias, self.placed = bias > 0, {}
         self.rows = self.rows_of_both(size, x_size)
         self.between, self.outputs = functools.cache(self.expert_between), functools.cache(self.expert_outputs)
-        self.rounds = True
+        self.rounds = True, True
 
     def go_to(self, xp):
-        """Let the rounded law be that of a side: the host may multiply codes as they are, and round no weight."""
+        """
+        Let the rounded law be that of a side: where codes are multiplied as they are, no weight, or no row, is rounded.
+
+        The host does so by kernel; the GPU where the scales of rows are those of groups, whose sums they meet.
+        """
         rule, (rows, cols), zeros = self.kind.rule, self.kind.group, self.kind.zeros or None
         form = WeightFormat(rule, np.zeros((1, 2, 2), np.float32), "float32", zeros, None, rows, cols)
         kernel = pack.best_kernel(self.dtype.name, self.k, self.n, True, False, coded=True)
-        rounds = xp is not np or coded_panels.layout(form, self.k, kernel) is None
-        if rounds != self.rounds:
-            self.rounds = rounds
+        made = coded_panels.layout(form, self.k, kernel)
+        in_parts = self.kind.rows is not None and self.kind.rows[0] in ("fp8", "int8") and self.kind.rows[1] % 64 == 0
+        if xp is np:
+            in_parts = in_parts and made is not None and made.group == self.kind.rows[1]
+        weights = made is None if xp is np else not in_parts
+        if (weights, not in_parts) != self.rounds:
+            self.rounds = weights, not in_parts
             self.between.cache_clear()
             self.outputs.cache_clear()
 
@@ -148,10 +156,11 @@ class Layer:
         factor, parts = 1.0, []
         if self.rows[which] is not None:
             numbers, row_factor = quantised.quantise(exactly(x), self.rows[which], self.dtype, 0, batch)
-            x, factor = stored(numbers.value, self.dtype), row_factor.value
+            x = stored(numbers.value, self.dtype) if self.rounds[1] else numbers.value
+            factor = row_factor.value
         for weights, bias in self.pieces(which, i):
             numbers = weights.numbers(0)
-            numbers = stored(numbers, self.dtype) if weights.scale.size and self.rounds else numbers
+            numbers = stored(numbers, self.dtype) if weights.scale.size and self.rounds[0] else numbers
             y = experts.times(x, numbers) * (factor * weights.factors(0))
             parts.append(y if bias is None else y + bias)
         return np.concatenate(parts, axis=1)

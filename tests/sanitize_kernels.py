@@ -33,9 +33,9 @@ TOOLS = {
 DTYPES = ("bfloat16", "float16", "float32")
 
 # constants that make a tile: each that a launcher lists is called
-_OF_MMA = ("BLOCK_ROWS", "BLOCK_COLUMNS", "WARPS_M", "WARPS_N", "GATED", "SCALED", "FACTORED", "CODED")
+_OF_MMA = "BLOCK_ROWS BLOCK_COLUMNS WARPS_M WARPS_N GATED SCALED FACTORED CODED PARTED".split()
 TILE = {
-    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED", "FACTORED", "CODED"),
+    "grouped_gemm_wgmma.cu": ("COLUMNS", "M_BLOCKS", "GROUPS", "GATED", "GATHERED", "FACTORED", "CODED", "PARTED"),
     **dict.fromkeys(("grouped_gemm_mma.cu", "grouped_gemm_fma.cu"), ("X", *_OF_MMA)),
 }
 
@@ -211,15 +211,15 @@ def layers(d):
 
 
 def products(d):
-    """Weights that are codes, and factors, on every kernel and tile."""
-    from coded_products import GPU_KERNELS, on_every_tile  # it imports pytest
+    """Weights that are codes, factors, and sums in parts, on every kernel and tile."""
+    from parted_products import GPU_KERNELS, of_every_kind  # it imports pytest
 
-    heights = {"wgmma": _grouped_gemm_wgmma.coded_heights() if _load.capability() == 90 else ()}
+    heights = {"wgmma": _grouped_gemm_wgmma.heights(True, False) if _load.capability() == 90 else ()}
     for dtype, kernel in GPU_KERNELS:
         with as_if(multiprocessors=1):
-            for product in on_every_tile(d.xp, kernel, dtype, heights.get(kernel, _grouped_gemm_mma._HEIGHTS)):
-                if product.codes().tobytes() != product.numbers().tobytes() and d.judged:
-                    raise SystemExit(f"{kernel}, {dtype}: codes are not their numbers, {product.codes}")
+            for product in of_every_kind(d.xp, kernel, dtype, heights.get(kernel, _grouped_gemm_mma._HEIGHTS)):
+                if product.is_wrong() and d.judged:
+                    raise SystemExit(f"{kernel}, {dtype}: {product}")
 
 
 def weights(d, dtype, hidden_size, intermediate_size, gated=True, num_experts=5):

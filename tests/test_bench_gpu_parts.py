@@ -199,10 +199,10 @@ def test_a_tile_is_forced_and_given_back():
     before, tiles = launcher.block_rows, dict(launcher._TILES)
     height = max(tiles)
     with gpu_tiles.forced(str(height)):
-        assert launcher.block_rows(1, 2, 8, 8, False) == height
+        assert launcher.block_rows(1, 2, 8, 8, False, False) == height
     fields = ",".join(f"{name}={number}" for name, number in zip(launcher.Tile._fields, tiles[height], strict=True))
     with pytest.raises(KeyError), gpu_tiles.forced(fields.replace(f"tokens={height}", "tokens=40")):
-        assert launcher.block_rows(1, 2, 8, 8, False) == 40
+        assert launcher.block_rows(1, 2, 8, 8, False, False) == 40
         assert launcher._TILES[40] == tiles[height]._replace(tokens=40)
         raise KeyError
     assert launcher.block_rows is before

@@ -254,7 +254,7 @@ def test_more_than_2_to_the_31_elements(xp, dtype, kernel):
 def sized(xp, side, p, out):
     """`side` with the rows of `p` and an output of its own."""
     sizes = p.num_rows, len(p.weights)
-    block_rows = side.room.block_rows(*sizes, p.x.shape[1], p.outputs, side.dtype, 0, side.kernel)
+    block_rows = side.room.block_rows(*sizes, p.x.shape[1], p.outputs, side.dtype, 0, False, side.kernel)
     schedule = xp.empty(side.permute.schedule_size(*sizes, block_rows), np.int32)
     lists = {"permuted_idx": xp.asarray(p.permuted_idx), "offsets": xp.asarray(p.offsets)}
     return side._replace(block_rows=block_rows, schedule=schedule, out=out, **lists)

@@ -47,13 +47,17 @@ def constant_of(file, name):
     raise KeyError(name)
 
 
+@pytest.mark.parametrize("parted", [0, 2])
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tile", _grouped_gemm_wgmma._TILES.values(), ids=lambda tile: str(tile.tokens))
-def test_tiles_of_hoppers_kernel(tile, gated, scaled, factored):
+def test_tiles_of_hoppers_kernel(tile, gated, scaled, factored, parted):
+    if parted and tile.tokens not in _grouped_gemm_wgmma.heights(False, True):
+        pytest.skip("no tile of that height is for sums in parts")
+    tile = _grouped_gemm_wgmma._tile(tile.tokens, parted)
     activation, gathered = "silu" if gated else "", gated
-    given = {"scaled": scaled, "factored": factored}
+    given = {"scaled": scaled, "factored": factored, "of_codes": _coded_weights.constants("", 128, parted)}
     constants = _grouped_gemm_wgmma._constants(tile, "bfloat16", activation, gathered, **given)
     assert constants["GATED"] == gated
     barriers = 16  # of a stage
@@ -63,7 +67,11 @@ def test_tiles_of_hoppers_kernel(tile, gated, scaled, factored):
         BLOCK_K=_tensor_maps.BLOCK_K,
         WEIGHTS=tile.weights,
         STAGE=tile.stage_bytes - barriers,
-        **{"GROUPS * 4 * STAGING + Announced::BYTES": tile.fixed_bytes(gated, gathered, scaled, factored)},
+        **{
+            "GROUPS * 4 * STAGING + Announced::BYTES + (PARTED ? GROUPS * 2 * FACTORS : 0)": tile.fixed_bytes(
+                gated, gathered, scaled, factored, parted
+            )
+        },
     )
 
 

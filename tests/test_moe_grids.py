@@ -342,7 +342,7 @@ def test_tokens_beyond_int32(xp):
     nothing, no_matrix = xp.empty(0, np.float32), xp.empty((0, 0), np.float32)
     room, permute = _arrays.room(xp, "grouped_gemm"), _arrays.room(xp, "permute")
     kernel = _arrays.room(xp, "pack").best_kernel("bfloat16", k, n, True, False)
-    block_rows = room.block_rows(3, 1, k, n, "bfloat16", 0, kernel)
+    block_rows = room.block_rows(3, 1, k, n, "bfloat16", 0, False, kernel)
     schedule = xp.empty(permute.schedule_size(3, 1, block_rows), np.int32)
     permute.list_tiles(offsets, schedule, block_rows)
     room.grouped_gemm(

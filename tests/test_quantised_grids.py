@@ -4,8 +4,8 @@ The quantised rows of public test grids that concern the expert computation.
 Every cell is judged twice, as in `test_moe_grids`: at the tolerance that the public test states, and at the derived
 bound with a limit for the average (`quantised_grids.assert_within`). The stated tolerance is against float64 that is
 rounded where the layer's notes say that it rounds, as the public tests' references are rounded where their kernels
-round. One such place is ours alone: 8-bit weights and activations whose scales change along K are rounded to bfloat16
-after they are multiplied by their scales, while the public kernels scale partial sums in float32.
+round. Of activations in groups with 8-bit weights in blocks nothing is rounded: partial sums are scaled in float32, as
+in the public kernels; only a CPU without AVX-512 rounds both to bfloat16 after they are multiplied by their scales.
 
 All in bfloat16 unless the cell says otherwise; distributions have the public tests' sizes.
 """

@@ -75,7 +75,7 @@ def _sort(shape: shapes.Shape, dtype: str, kernel: str, topk_ids: Any, ids: Any)
 
     permute, grouped_gemm = _arrays.room(cp, "permute"), _arrays.room(cp, "grouped_gemm")
     E, pairs = shape.num_experts, topk_ids.size
-    rows = grouped_gemm.block_rows(pairs, E, shape.hidden_size, shape.intermediate_size, dtype, 0, kernel)
+    rows = grouped_gemm.block_rows(pairs, E, shape.hidden_size, shape.intermediate_size, dtype, 0, False, kernel)
     everywhere, offsets = cp.empty(0, cp.int32), cp.empty(E + 1, cp.int64)
     order, inverse = cp.empty(pairs, cp.int32), cp.empty(topk_ids.shape, cp.int32)
     schedule = cp.empty(permute.schedule_size(pairs, E, rows), cp.int32)

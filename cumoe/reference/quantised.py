@@ -3,7 +3,8 @@ Quantised operands of the layer: what the codes of a weight are worth, and how r
 
 A number of an operand is ``code * scale``, ``(code - zero point) * scale`` for unsigned integers. Where scales change
 along K, a computation may round it to the dtype of the activations, which costs nothing if that holds it exactly (as
-bfloat16 does for mxfp4, mxfp8 and nvfp4). A scale of a whole row or column of the product meets the sum instead:
+bfloat16 does for mxfp4, mxfp8 and nvfp4), or scale the sum of each group and round nothing, which is inside the bound.
+A scale of a whole row or column of the product meets the sum instead:
 
     h[r, n] = sum over k of x[r, k] * w[n, k], times row factor[r] * column factor[n]
 
