@@ -30,6 +30,8 @@ _SMALL_FLOATS = {
     "float8_e5m2fnuz": 13,
     "float8_e8m0fnu": 14,
 }
+# what holds no tensor of another library; to look into each of them takes longer than the rest of a small call
+WITHOUT_TENSORS: set[type] = {np.ndarray, type(None), bool, int, float, str}
 _DEPTH = 3  # an argument, a descriptor in it, an array in that
 _PACKED_FP4 = (17, 4, 2)  # two numbers a byte: comes in as raw uint8
 _DTYPES = {
@@ -161,7 +163,7 @@ def stream_of_first(values: Iterable[Any]) -> Any:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    level = list(values)
+    level = [value for value in values if type(value) not in WITHOUT_TENSORS]
     for _ in range(_DEPTH):
         for value in level:
             if isinstance(value, torch.Tensor) and value.is_cuda:

@@ -8,6 +8,7 @@ the rooms that the steps call.
 from collections.abc import Callable
 from typing import Any
 
+from cumoe import _recorded
 from cumoe._arrays import Array, on_callers_stream
 from cumoe._call import Call, check_logits, enter_call
 from cumoe._prepare import PreparedExperts
@@ -106,6 +107,8 @@ def fused_experts(
     in bfloat16; the others meet the sums in float32. Activations are quantised before each product, by the rules of
     `quantize`, where `quant_config` says so. Where one scale serves all tokens, bits do depend on the others.
     Scratch: about ``T * k * (H + I)`` elements, see `plan`; on the GPU the decoded weights of one product more.
+    On the CPU a call of few tokens on prepared weights is recorded when its shapes come for the second time, and is one
+    compiled call from then on; the memory between its steps is kept for the next.
     On the GPU the call never waits for the device; CuPy arrays are worked on in CuPy's current stream, torch
     tensors in torch's. With `out` and `workspace` it allocates nothing there, so that it can be captured in a CUDA
     graph, once it has run before.
@@ -132,7 +135,7 @@ def fused_experts(
     array([[1.4621172, 1.4621172, 1.4621172, 1.4621172],
            [1.4621172, 1.4621172, 1.4621172, 1.4621172]], dtype=float32)
     """
-    call = enter_call(
+    return _layer(
         hidden_states,
         w1,
         w2,
@@ -149,7 +152,6 @@ def fused_experts(
         workspace,
         backend,
     )
-    return _run(call)
 
 
 @on_callers_stream
@@ -252,7 +254,7 @@ def fused_moe(
             routed_scaling_factor=routed_scaling_factor,
             e_score_correction_bias=e_score_correction_bias,
         )
-    call = enter_call(
+    return _layer(
         hidden_states,
         w1,
         w2,
@@ -270,14 +272,61 @@ def fused_moe(
         backend,
         taken(),
     )
-    return _run(call)
 
 
-def _run(call: Call) -> Array:
+def _layer(
+    hidden_states: Array,
+    w1: Array | PreparedExperts,
+    w2: Array | None,
+    topk_weights: Array,
+    topk_ids: Array,
+    activation: str,
+    quant_config: Any,
+    on_input: bool | str,
+    expert_map: Array | None,
+    global_num_experts: int | None,
+    out: Array | None,
+    check: bool,
+    workspace_limit: int | None,
+    workspace: Array | None,
+    backend: str | None,
+    taken: int = 0,
+) -> Array:
+    """The layer as it was recorded, if such a call was; else step by step, behind all checks."""
+    arrays = hidden_states, topk_weights, topk_ids, expert_map, out
+    key = None
+    if not check and w2 is quant_config is workspace_limit is workspace is backend is None:
+        key, result = _recorded.replay(w1, arrays, activation, on_input, global_num_experts)
+        if result is not None:
+            return result
+    call = enter_call(
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        activation,
+        quant_config,
+        on_input,
+        expert_map,
+        global_num_experts,
+        out,
+        check,
+        workspace_limit,
+        workspace,
+        backend,
+        taken,
+    )
+    if key is not None:
+        _recorded.remember(w1, key, call, _steps)
+    _steps(call)
+    return call.result()
+
+
+def _steps(call: Call) -> None:
     """The steps, for all tokens or some after the others."""
     for piece in call.pieces():
         piece.sort()
         piece.first_product()
         piece.second_product()
         piece.add_up()
-    return call.result()

@@ -1,10 +1,10 @@
 """Weights in the order in which the kernels read them, made once and used by every call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
 
-from cumoe import _arrays
+from cumoe import _arrays, _dlpack
 from cumoe._arrays import Array
 from cumoe._experts import Experts, make_experts, weight_arrays
 from cumoe._kernel_choice import choose_kernel
@@ -35,6 +35,7 @@ class PreparedExperts:
     """
 
     experts: Experts
+    _recorded: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of `_recorded`
 
     @property
     def num_experts(self) -> int:
@@ -82,6 +83,9 @@ class PreparedExperts:
             f"PreparedExperts(E={e.num_experts}, H={e.hidden_size}, I={e.intermediate_size}, {e.dtype}, "
             f"{e.activation!r}, kernel={e.kernel!r}, {self.nbytes / 1e6:.1f} MB)"
         )
+
+
+_dlpack.WITHOUT_TENSORS.add(PreparedExperts)
 
 
 @_arrays.on_callers_stream
