@@ -11,6 +11,7 @@ from cumoe.rawkernels._grouped_gemm_wgmma import mean_rows
 
 _FILES = {"mma": "grouped_gemm_mma.cu", "tf32": "grouped_gemm_mma.cu", "fma": "grouped_gemm_fma.cu"}
 _HEIGHTS = (16, 32, 64, 128)  # rows of a tile
+_MOST_PARTED = 64  # of float32 whose sums of parts stand beside those of all, and beside where their factors lie
 _PITCH = 128  # bytes of K in a stage, of each row; twin of TILE_PITCH
 _MOST_STAGES = 6
 _LEAST_CODED_STAGES = 3  # one is multiplied, one decoded, one on its way
@@ -86,10 +87,10 @@ def launch(
     gated = bool(activation) and not activation.endswith("_no_mul")
     device = x.device.id
     item = x.itemsize
-    height = _height(block_rows)
+    parted = _coded_weights.parted(weight_format, k)
+    height = min(_height(block_rows), _most_rows(parted, item))
     parts = -(-block_rows // height)
     most_tiles = (min(rows, num_experts) + rows // block_rows) * parts
-    parted = _coded_weights.parted(weight_format, k)
     scaled, factored = input_scale.size > 0, (not parted and row_factor.size) + column_factor.size > 0
     rule, group_cols = _coded_weights.of_format(weight_format, k)
     bits = _coded_weights.BITS[rule] if rule else 0
@@ -154,6 +155,7 @@ def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_
     import cupy as cp
 
     height = block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, kernel)
+    height = min(height, _most_rows(parted, 4 if dtype == "float32" else 2))
     most_tiles = min(num_pairs, num_experts) + num_pairs // height
     device = _load.capability(), _load.multiprocessors(cp.cuda.runtime.getDevice())
     lines = [f"tiles of {height} rows: {num_pairs} rows of {num_experts} experts make at most {most_tiles}"]
@@ -193,16 +195,19 @@ def variants(arch):
         for rule in _coded_weights.BITS:
             yield variant(kernel, dtype, 128, 10**6, "silu", False, 16, True, rule)
             yield variant(kernel, dtype, 128, 1, "silu", False, 1, True, rule, 2)
-        for height, rule in ((16, "fp8"), (128, "fp8"), (128, "")):
+        for height, rule in itertools.product((16, 128 if kernel == "mma" else _MOST_PARTED), ("fp8", "")):
             yield variant(kernel, dtype, height, 10**6, "silu", False, 16, rule=rule, parted=2)
 
 
 def choose(kernel, height, columns, most_tiles, capability, multiprocessors, scaled=False, bits=0, parted=0):
     """Tile of a product with `columns` rows of weights, for `most_tiles` tiles of that height; `bits` of a code."""
     shared_kib = _SHARED_KIB.get(capability, _SHARED_KIB_ELSE)
+    if parted and (bits or kernel != "mma"):
+        return _fitted(
+            height, 64, (2, 4) if height == 128 else (1, 4), 1, shared_kib, bits, 2 if kernel == "mma" else 4
+        )
     if bits or parted:
-        narrow = height < 128 and most_tiles * -(-columns // 128) < multiprocessors
-        return _coded(kernel, height, narrow or bool(bits and parted and height == 128), shared_kib, bits)
+        return _coded(kernel, height, most_tiles * -(-columns // 128) < multiprocessors, shared_kib, bits)
     # scales of rows beside the largest parts of a tile that a warp can hold would be too many registers
     large = height == 128 and not scaled
     if large and kernel == "mma" and shared_kib >= 164 and most_tiles * (columns // 256) >= multiprocessors:
@@ -220,7 +225,7 @@ def _coded(kernel, height, narrow, shared_kib, bits):
     """Tile for codes or parts: threads that decode, or have two of each sum, have registers for 64 sums beside."""
     warps = (2, 4) if height == 128 else (1, 4)
     itemsize = 2 if kernel == "mma" else 4
-    for width, ctas in ((64, 2), (64, 1)) if narrow else ((128, 2), (128, 1), (64, 1)):
+    for width, ctas in ((64, 2), (64, 1)) if narrow and height < 128 else ((128, 2), (128, 1), (64, 1)):
         tile = _fitted(height, width, warps, ctas, shared_kib, bits, itemsize)
         if tile.stages >= _LEAST_CODED_STAGES and (ctas == 1 or height < 128):
             return tile
@@ -241,6 +246,10 @@ def _stage_bytes(rows, columns, bits=0, itemsize=2):
 def _numbers_bytes(columns, bits):
     """Two buffers for what codes stand for."""
     return 2 * columns * _PITCH if bits else 0
+
+
+def _most_rows(parted, itemsize):
+    return _MOST_PARTED if parted and itemsize == 4 else _HEIGHTS[-1]
 
 
 def _height(block_rows):

@@ -9,6 +9,7 @@ from coded_products import GPU_KERNELS, Format, coded_product
 from products import law
 
 from cumoe.cpu import coded_panels, microkernel
+from cumoe.rawkernels import _coded_weights
 from cumoe.reference import experts
 from cumoe.reference.rounding import gamma
 
@@ -60,12 +61,12 @@ def parted_product(xp, seed, which, dtype, kernel, num_tokens, outputs, k, activ
     shape = len(product.exact.x), -(-num_groups // 4) * 4
     factor = np.random.default_rng(seed).random(shape, np.float32) / 8 + np.float32(2**-8)
     x = product.exact.x.astype(np.float64) * np.repeat(factor[:, :num_groups], row_cols, axis=1)[:, :k]
-    exact = (
-        product.exact if which < EXACT or xp is np else product.exact._replace(weights=product.worth.astype(np.float64))
-    )
     form = product.codes.weight_format._replace(integer_rows=False, row_cols=row_cols)
     if not product.codes.room.scales_parts(form, row_cols, kernel):
         pytest.skip("this kernel rounds rows that hold their scales")
+    exact = product.exact
+    if xp is not np and _coded_weights.parted(form, k) == 1:
+        exact = exact._replace(weights=product.worth.astype(np.float64))
     side = product.codes._replace(weight_format=form, row_factor=xp.asarray(factor))
     if expands:
         side = side._replace(expanded=xp.full(exact.weights.shape, 7, side.x.dtype))
