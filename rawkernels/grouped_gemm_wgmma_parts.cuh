@@ -24,9 +24,10 @@ struct PartFactors {
     int at, last, left, whole; // the factor in use; how many elements of K it has left, and has
 
     // `first` is the first place of this warpgroup; `announced` says where the factors of the n-th unit begin.
-    __device__ __forceinline__ PartFactors(const Announced& announced, const Problem& p, int n, uint32 first)
+    __device__ __forceinline__ PartFactors(const Announced& announced, const Problem& p, int n, uint32 first, int group)
     {
         if (!PARTED) return;
+        meet(group); // all have read what the unit before left in the first place: of an odd number of parts its last
         factors = p.row_factor, at = 0, last = p.parts - 4, left = whole = p.part;
         place = first, other = first + FACTORS;
         barrier_wait(announced.detailed(n), announced.parity(n));

@@ -185,7 +185,7 @@ __device__ __forceinline__ void consume(const Announced& announced, Ring ring, c
         const OfRows biases = load_biases(p, unit, group), factors = load_factors(p, unit, group);
         float d[M_BLOCKS][COLUMNS / 2];
         PartScales part_scales(p, unit, scales, group);
-        PartFactors part_factors(announced, p, n, places + group * 2 * FACTORS);
+        PartFactors part_factors(announced, p, n, places + group * 2 * FACTORS, group);
         multiply_tokens<COLUMNS>(unit.left, d, ring, part_scales, part_factors, k_blocks, group);
         if (SCALED || FACTORED) barrier_wait(announced.detailed(n), announced.parity(n));
         store_tile(d, p, biases, factors, unit, staging, announced.scales_of(n), announced.factors_of(n), group);

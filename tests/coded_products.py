@@ -74,6 +74,9 @@ class Coded(NamedTuple):
     worth: np.ndarray  # the numbers
     exact: object  # the product of exact numbers, as `products.Product`
 
+    def __str__(self):
+        return f"{self.codes.weight_format.rule} codes on tiles of {self.codes.block_rows} rows"
+
     def is_wrong(self):
         """Whether codes that become numbers first give other bits than these."""
         return self.codes().tobytes() != self.numbers().tobytes()

@@ -42,6 +42,10 @@ class Parted(NamedTuple):
     exact: object  # as `products.Product`, with the numbers of the weights
     x: experts.Bounded  # rows times their factors; with room for the roundings of one part more
 
+    def __str__(self):
+        form = self.side.weight_format
+        return f"{form.rule} and rows in groups of {form.row_cols} on tiles of {self.side.block_rows} rows"
+
     def law(self):
         return law(self.exact, self.side.kernel, self.x)
 

@@ -219,7 +219,7 @@ def products(d):
         with as_if(multiprocessors=1):
             for product in of_every_kind(d.xp, kernel, dtype, heights.get(kernel, _grouped_gemm_mma._HEIGHTS)):
                 if product.is_wrong() and d.judged:
-                    raise SystemExit(f"{kernel}, {dtype}: {product}")
+                    raise SystemExit(f"{kernel}, {dtype}: wrong, {product}")
 
 
 def weights(d, dtype, hidden_size, intermediate_size, gated=True, num_experts=5):
