@@ -116,6 +116,12 @@ def layout(weight_format, k, kernel):
     return None if f.group_cols % made.step else made
 
 
+def bits_in_registers():
+    """Bits of the codes that become numbers in registers here."""
+    needed = {4: _FOUR_BITS, 8: _FOUR_BITS | _EIGHT_BITS}
+    return [bits for bits, features in needed.items() if features <= cpu_features()]
+
+
 def multiplies_integers():
     """Whether a micro-kernel here multiplies integers."""
     return _FOUR_BITS | _PRODUCTS <= cpu_features()

@@ -62,13 +62,19 @@ def cpu() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """The micro-kernel that each dtype uses here, and the slower ones that would run too."""
-    from cumoe.cpu import microkernel
+    """The micro-kernel that each dtype uses here, the slower ones that would run too, and what becomes of codes."""
+    from cumoe.cpu import coded_panels, microkernel
 
     found = {}
     for dtype in ("bfloat16", "float16", "float32"):
         used, *others = microkernel.names(dtype)
         found[dtype] = f"{used} (would run too: {', '.join(others)})" if others else used
+    bits = coded_panels.bits_in_registers()
+    found["codes"] = (
+        f"of {' and '.join(map(str, bits))} bits: numbers in registers" if bits else "decoded panel by panel"
+    )
+    if coded_panels.multiplies_integers():
+        found["codes"] += "; int8 rows meet int8 and int4 weights in integers"
     return found
 
 

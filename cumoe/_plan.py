@@ -278,6 +278,7 @@ def plan(
         )
     if sizes.code_bits:
         in_registers = device == "cpu" and _arrays.room(xp, "pack").multiplies_codes(kernel)
+        in_registers = in_registers and _become_pairs(quant_config._w1, sizes.code_bits)
         formats = _formats_of(quant_config, sizes, device, shares.expanded, in_registers)
     choices = 0 if device == "cpu" else 2 * rounded(4 * num_tokens * top_k)
     return Plan(
@@ -300,6 +301,12 @@ def plan(
         round(touched * matrices * hidden_size * intermediate_size * weight_bits / 8)
         + 2 * num_tokens * hidden_size * itemsize,
     )
+
+
+def _become_pairs(desc: Any, code_bits: int) -> bool:
+    """Whether a kernel that multiplies codes multiplies these: with other zero points and groups they are decoded."""
+    cols = desc.shape.col if desc.shape is not None else -1
+    return (cols <= 0 or cols % 2 == 0) and (code_bits == 4 or desc.zp is None)
 
 
 def _formats_of(quant_config: Any, sizes: Sizes, device: str, expanded: int, in_registers: bool) -> str:

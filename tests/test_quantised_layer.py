@@ -11,8 +11,8 @@ from sides import back, on
 from strategies import make_problem, problems
 
 import cumoe
-from cumoe import FusedMoEQuantDesc
-from cumoe.cpu import microkernel
+from cumoe import FusedMoEQuantDesc, _info
+from cumoe.cpu import coded_panels, microkernel
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -161,3 +161,35 @@ def test_every_kernel_of_the_side(xp):
         check(out, given, named)
         ran += 1
     assert ran >= 1
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ((), "decoded panel by panel"),
+        (("avx512f", "avx512bw"), "of 4 bits: numbers in registers"),
+        (("avx512f", "avx512bw", "avx512vbmi"), "of 4 and 8 bits: numbers in registers"),
+        (
+            ("avx512f", "avx512bw", "avx512vnni"),
+            "of 4 bits: numbers in registers; int8 rows meet int8 and int4 weights",
+        ),
+    ],
+)
+def test_info_says_what_becomes_of_codes(monkeypatch, features, said):
+    monkeypatch.setattr(coded_panels, "cpu_features", lambda: frozenset(features))
+    assert _info.kernels()["codes"].startswith(said)
+
+
+def test_a_plan_says_which_codes_are_decoded():
+    """With zero points only those of four bits, and groups of an odd number of columns, are not multiplied as codes."""
+    one = np.ones((2, 64, 1), np.float32)
+    zeros = np.full((2, 64, 1), 128, np.uint8)
+    sizes = {"dtype": "bfloat16", "backend": None}
+
+    def formats(**given):
+        config = cumoe.int8_w8a16_moe_quant_config(one, one, **given)
+        return cumoe.plan(8, 64, 64, 2, 1, **sizes, quant_config=config).explain()
+
+    host = "in registers" if "avx512" in microkernel.names("float32") else "panel by panel"
+    assert host in formats(w1_zp=None, w2_zp=None)
+    assert "panel by panel" in formats(w1_zp=zeros, w2_zp=zeros)
