@@ -178,7 +178,7 @@ def _kind_of_rows(which: int, desc: FusedMoEQuantDesc) -> tuple[str, int, bool]:
     scheme = _known(_OF_ROWS, f"activations of product {which}", desc.dtype)
     shape = GroupShape.PER_TENSOR if desc.shape is None else desc.shape
     per_tensor = shape.is_per_tensor() and scheme not in _FIXED_GROUP
-    return scheme, _FIXED_GROUP.get(scheme, shape.col), per_tensor
+    return scheme, _FIXED_GROUP.get(scheme, int(shape.col)), per_tensor
 
 
 def code_bits(desc: FusedMoEQuantDesc) -> int:
@@ -235,7 +235,7 @@ def weight_of(
     if scale is None:
         scale, rows, cols = xp.ones((shape[0], 1, 1), np.float32), shape[1], shape[2]
     integers = rows_before is not None and rows_before.scheme == "int8" and rows_before.cols == -1
-    stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, rows, cols, integers)
+    stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, int(rows), int(cols), integers)
     return Weight(stored, _with_alphas(xp, which, factor, alphas, shape))
 
 

@@ -196,7 +196,10 @@ def _prepare_quantised(
     old, new = _arrays_of(out.experts), _arrays_of(experts)
     same = [(array.shape, array.dtype) for array in old] == [(array.shape, array.dtype) for array in new]
     if not same or _names_of(out.experts) != _names_of(experts):
-        raise ValueError("out must have been prepared with scales and zero points of the same shapes; prepare it anew")
+        raise ValueError(
+            "out must have been prepared with scales and zero points of the same shapes, and activations that are"
+            " quantised alike; prepare it anew"
+        )
     for into, array in zip(old, new, strict=True):
         into[...] = array
     return out
@@ -223,9 +226,11 @@ def _arrays_of(thing: Any) -> list[Any]:
 
 
 def _names_of(e: Experts) -> list[tuple[Any, ...]]:
-    """What says how each weight is read, beside its arrays."""
-    formats = (getattr(e.scheme, name).format for name in ("w1", "w2"))
-    return [(f.rule, f.scale_dtype, f.group_rows, f.group_cols, f.panels) for f in formats]
+    """What says how each weight is read, and how the rows that it meets are quantised, beside the arrays."""
+    scheme = cast(Scheme, e.scheme)
+    formats = [weight.format for weight in (scheme.w1, scheme.w2)]
+    rows = [() if a is None else (a.scheme, a.cols, a.per_tensor) for a in (scheme.a1, scheme.a2)]
+    return [(f.rule, f.scale_dtype, f.group_rows, f.group_cols, f.integer_rows, f.panels) for f in formats] + rows
 
 
 def _with_arrays(thing: Any, new: list[Any]) -> Any:

@@ -70,11 +70,13 @@ def _key_of(arrays: tuple[Array, ...], activation: Any, on_input: Any, global_nu
 def remember(prepared: PreparedExperts, key: tuple[Any, ...], call: Call, steps: Callable[[Call], None]) -> None:
     """Record `steps` of a checked call when it comes for the second time, if it can be recorded."""
     recorded = prepared._recorded
+    if not _can_be_recorded(call):
+        return
     if key not in recorded:
         if len(recorded) >= _MOST:
             recorded.clear()
         recorded[key] = None
-    elif _can_be_recorded(call):
+    else:
         out = _arrays.bits(call.out)
 
         def record(recorder: Any, x: Any, weights: Any, ids: Any, expert_map: Any, out: Any) -> None:

@@ -142,7 +142,7 @@ def launch(
     rule, group_cols = _coded_weights.of_format(weight_format, k)
     of_codes = _coded_weights.constants(rule, group_cols, parted)
     beside, (*groups, part) = _coded_weights.arguments(weight_format, n, k)
-    of_codes["PART_BLOCKS"] = 1 if part % (2 * BLOCK_K) else 2
+    of_codes["PART_BLOCKS"] = 1 if parted and part % (2 * BLOCK_K) else 2
     constants = _constants(tile, dtype, activation, gathered, bias.size > 0, scaled, limited, factored, of_codes)
     gated = bool(constants["GATED"])
     fixed_bytes = tile.fixed_bytes(gated, gathered, scaled, factored, parted)

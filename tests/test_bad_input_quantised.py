@@ -279,11 +279,18 @@ def test_preparing():
     prepared = cumoe.prepare(**codes)
     message = "ValueError: backend must be None for quantised weights: codes serve every kernel; name it in the call"
     refused(cumoe.prepare, codes | {"backend": "portable"}, message)
-    message = "ValueError: out must have been prepared with scales and zero points of the same shapes; prepare it anew"
+    message = (
+        "ValueError: out must have been prepared with scales and zero points of the same shapes, and activations that"
+        " are quantised alike; prepare it anew"
+    )
     by_expert = cumoe.int8_w8a16_moe_quant_config(ONES, ONES)
     refused(cumoe.prepare, codes | {"quant_config": by_expert, "out": prepared}, message)
     refused(cumoe.prepare, {"w1": FP8_1.values, "w2": FP8_2.values, "quant_config": FP8, "out": prepared}, message)
     assert prepared.intermediate_size == I
+    on_rows = cumoe.int8_w8a8_moe_quant_config(INT8_1.scale, INT8_2.scale, per_act_token_quant=True)
+    by_row = cumoe.prepare(**codes | {"quant_config": on_rows})
+    for given, out in ((INT8, by_row), (on_rows, cumoe.prepare(**codes))):
+        refused(cumoe.prepare, codes | {"quant_config": given, "out": out}, message)
 
 
 def test_a_config_that_quantises_tokens_only():
