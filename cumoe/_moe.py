@@ -274,49 +274,16 @@ def fused_moe(
     )
 
 
-def _layer(
-    hidden_states: Array,
-    w1: Array | PreparedExperts,
-    w2: Array | None,
-    topk_weights: Array,
-    topk_ids: Array,
-    activation: str,
-    quant_config: Any,
-    on_input: bool | str,
-    expert_map: Array | None,
-    global_num_experts: int | None,
-    out: Array | None,
-    check: bool,
-    workspace_limit: int | None,
-    workspace: Array | None,
-    backend: str | None,
-    taken: int = 0,
-) -> Array:
-    """The layer as it was recorded, if such a call was; else step by step, behind all checks."""
-    arrays = hidden_states, topk_weights, topk_ids, expert_map, out
+def _layer(*arguments: Any) -> Array:
+    """The layer as it was recorded, if such a call was; else step by step, behind all checks of `enter_call`."""
+    x, w1, w2, weights, ids, activation, quant_config, on_input, expert_map, count, out, check, *others = arguments
+    limit, workspace, backend = others[:3]
     key = None
-    if not check and w2 is quant_config is workspace_limit is workspace is backend is None:
-        key, result = _recorded.replay(w1, arrays, activation, on_input, global_num_experts)
+    if not check and w2 is quant_config is limit is workspace is backend is None:
+        key, result = _recorded.replay(w1, (x, weights, ids, expert_map, out), activation, on_input, count)
         if result is not None:
             return result
-    call = enter_call(
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation,
-        quant_config,
-        on_input,
-        expert_map,
-        global_num_experts,
-        out,
-        check,
-        workspace_limit,
-        workspace,
-        backend,
-        taken,
-    )
+    call = enter_call(*arguments)
     if key is not None:
         _recorded.remember(w1, key, call, _steps)
     _steps(call)
