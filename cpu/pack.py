@@ -163,16 +163,15 @@ def _pack_rows(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
     for r in range(rows):
         pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
         line = x[pair_id // top_k if top_k else row0 + r]
-        base = r * k_padded
+        row = target[r * k_padded : (r + 1) * k_padded]  # an index from 0 on: LLVM sees that none is negative
         if scale.size:
             factor = scale[pair_id]
             for k in range(k_size):
-                target[base + k] = as_row(store(load(line[k]) * factor))
+                row[k] = as_row(store(load(line[k]) * factor))
         else:
             for k in range(k_size):
-                target[base + k] = as_row(line[k])
-        for k in range(k_size, k_padded):
-            target[base + k] = 0
+                row[k] = as_row(line[k])
+        row[k_size:] = 0
 
 
 def _pack_row_groups(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
