@@ -12,7 +12,6 @@ import numpy as np
 
 from cumoe.cpu import _intrinsics, _spread, _vector_tile, coded_panels, pack
 from cumoe.cpu._jit import jit
-from cumoe.cpu.bits import CODECS
 from cumoe.cpu.epilogue import epilogue, put_rows, source_row
 
 _PAIRS_BYTES = 256  # of a step
@@ -60,7 +59,7 @@ def worker(made, kernel, dtype, activation, rule):
         is_integer=made.is_integer,
         **sizes,
     )(_multiply_codes)
-    integers = jit(load=CODECS[dtype][0], group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
+    integers = jit(group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
     return jit(
         multiply=multiply,
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
@@ -107,12 +106,12 @@ def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
         line = x[pair_id // top_k if top_k else row0 + r]
         row = room[r * k_padded : (r + 1) * k_padded]
         for k in range(k_size):
-            row[k] = np.int8(np.int32(load(line[k])))
+            row[k] = line[k]
         row[k_size:] = 0
         for part in range(parts):
             total = np.int32(0)
-            for k in range(part * width, min((part + 1) * width, k_padded)):
-                total += np.int32(row[k])
+            for code in line[part * width : (part + 1) * width]:
+                total += np.int32(code)
             starts[r * parts + part] = np.int32(-too_large) * total
 
 
@@ -171,11 +170,11 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
                 tile(block_rows, row, stride, piece, count, target, half, first, ahead, asked, *last)
             first_row += block_rows
     if is_integer and group == 0:
-        whole = sums.view(np.int32)
         for side in range(2):
-            for r in range(rows):
-                for c in range(sums.shape[2]):
-                    sums[side, r, c] = np.float32(whole[side, r, c])
+            line = sums[side].reshape(-1)[: rows * sums.shape[2]]
+            whole = line.view(np.int32)
+            for i in range(line.size):
+                line[i] = np.float32(whole[i])
 
 
 def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, codes, edges):

@@ -218,28 +218,34 @@ def _quantise_rows(first, last, arguments):
     for r in range(first, last):
         limit = limits[r if limits.size > 1 else 0]
         for g in range(across):
-            start, size = g * group_cols, min(group_cols, x.shape[1] - g * group_cols)
+            line = x[r, g * group_cols : (g + 1) * group_cols]
+            target = numbers[r, g * group_cols : (g + 1) * group_cols]
+            size = line.size
             if GIVEN:
                 s = scale[0]
             else:
                 largest = np.uint32(0)  # as integers they grow with their size
                 for k in range(size):
-                    found = np.uint32(np.float32(LOAD(x[r, start + k])).view(np.uint32) & np.uint32(0x7FFFFFFF))
-                    found = np.uint32(0) if found > np.uint32(0x7F800000) else found  # NaN
-                    largest = found if found > largest else largest
+                    found = np.uint32(np.float32(LOAD(line[k])).view(np.uint32) & np.uint32(0x7FFFFFFF))
+                    largest = max(largest, np.uint32(found * np.uint32(found <= np.uint32(0x7F800000))))  # NaN counts 0
                 s = RULE(np.float32(0), np.uint32(largest).view(np.float32), limit)
             p, q = PREPARE(s, limit), WORTH(s, np.float32(1))
             if factor.size > 0:
                 factor[r, g], q = q, np.float32(1)
             for k in range(size):
-                worth[k] = WORTH_OF_CODE(CODE(LOAD(x[r, start + k]), p, 0), q, 0)
+                worth[k] = WORTH_OF_CODE(CODE(LOAD(line[k]), p, 0), q, 0)
             for k in range(size):
-                numbers[r, start + k] = STORE(worth[k])
+                target[k] = STORE(worth[k])
+
+
+@jit(inline=True)
+def _as_byte(number):
+    return np.int8(np.int32(number))
 
 
 def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, global_scale, numbers, factor):
     """
-    Fill ``numbers`` with what the codes of rows `x` (R, K) are worth, times their scales; it may be `x`.
+    Fill ``numbers`` with what the codes of rows `x` (R, K) are worth, times their scales; it may be `x`, or int8.
 
     Groups are `group_cols` of a row. With a `factor`, (R,) for groups of a whole row, else (R, groups or more), scales
     go there instead. Rules are names of `SCALES`, `ENCODERS` and (`scheme`) `DECODERS`. `scale` (1,) is given for all
@@ -262,7 +268,7 @@ def quantise_rows(x, dtype, scheme, scale_rule, code_rule, group_cols, scale, gl
             factor.reshape(num_rows, -1) if factor.size else factor.reshape(0, 0),
         ),
         LOAD=bits.CODECS[dtype][0],
-        STORE=bits.CODECS[dtype][1],
+        STORE=_as_byte if numbers.dtype == np.int8 else bits.CODECS[dtype][1],
         GIVEN=scale is not None,
         RULE=SCALES[scale_rule],
         PREPARE=ENCODERS[code_rule].prepare,

@@ -53,7 +53,7 @@ def grouped_gemm(
     ``x[permuted_idx[r] // top_k]``, or ``x[r]`` if `top_k` is 0. The scales (T*k,) are indexed by pair,
     which is ``permuted_idx[r]``, or r if that is empty. Empty arrays mean: not there. `weights` is
     (E, N, K) or packed (`pack.panel_shape`), `activation` "" or a name of `act.SCALAR`;
-    `dtype` names what the bits of `x`, `weights` and `out` mean.
+    `dtype` names what the bits of `x`, `weights` and `out` mean; `x` is int8 where `takes_bytes` says so.
 
     With a `weight_format`, `weights` are codes, not packed, and the operand is what `formats.decode` makes of them.
     The factors are ``row_factor[source(r)] * column_factor[expert of r, row of the weights]``; `row_factor` is (rows
@@ -83,8 +83,8 @@ def grouped_gemm(
         permuted_idx,
         top_k,
         input_scale,
-        weights if weights.ndim == 5 else _NO_PANELS[x.itemsize],
-        decoded_panel.rows_of(weights, f, made is not None, x.itemsize),
+        weights if weights.ndim == 5 else _NO_PANELS[out.itemsize],
+        decoded_panel.rows_of(weights, f, made is not None, out.itemsize),
         *decoded_panel.arguments(f),
         bias,
         output_scale,
@@ -100,13 +100,13 @@ def grouped_gemm(
         np.float32(limit),
         out,
     )
-    panel_size = 0 if packed else -(-made.panel_bytes(k) // x.itemsize) if made else k_padded * kern.columns
-    numbers = (1, coded_gemm.spread_bytes(made) // x.itemsize) if made else (kern.columns if coded else 0, k)
+    panel_size = 0 if packed else -(-made.panel_bytes(k) // out.itemsize) if made else k_padded * kern.columns
+    numbers = (1, coded_gemm.spread_bytes(made) // out.itemsize) if made else (kern.columns if coded else 0, k)
 
     def parts(rows):
         yield (-(-rows * row_bytes // row_dtype().itemsize),), row_dtype
-        yield (1, *numbers), x.dtype
-        yield (panel_size,), x.dtype
+        yield (1, *numbers), out.dtype
+        yield (panel_size,), out.dtype
         yield (2, rows, kern.columns // 2), np.float32
         yield (rows * kern.columns,), out.dtype
         yield (edge_size(rows, kern.columns),), np.float32
@@ -127,6 +127,12 @@ def scales_parts(weight_format, row_cols, kernel):
     """Whether sums of parts of `row_cols` elements can meet factors of rows."""
     made = coded_panels.layout(weight_format, row_cols, kernel)
     return made is not None and made.group == row_cols
+
+
+def takes_bytes(weight_format, k, kernel):
+    """Whether rows of integers come as int8."""
+    made = coded_panels.layout(weight_format, k, kernel)
+    return made is not None and made.is_integer
 
 
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, parted, kernel):

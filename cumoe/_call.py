@@ -175,8 +175,8 @@ def enter_call(
     if backend is not None or side.xp is not np:
         experts = experts._replace(kernel=_kernel(side.xp, experts, backend, on_input, is_prepared, x, out))
     if experts.scheme is not None:
-        scheme = experts.scheme.for_kernel(_arrays.room(side.xp, "grouped_gemm"), experts.kernel)
-        experts = experts._replace(scheme=scheme)
+        room, products = _arrays.room(side.xp, "grouped_gemm"), (experts.hidden_size, experts.intermediate_size)
+        experts = experts._replace(scheme=experts.scheme.for_kernel(room, experts.kernel, *products))
     sizes = _sizes(top_k, experts)
     shares = _plan.share_out(side.xp, experts.kernel, num_tokens, sizes, workspace_limit)
     if shares.tokens_per_piece < num_tokens and any(

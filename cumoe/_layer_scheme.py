@@ -43,11 +43,17 @@ class Rows(NamedTuple):
     scale: Array  # float32 (1,): static; or None
     global_scale: Array  # float32 (1,) or (E,), of nvfp4; or None
     in_parts: bool = False  # scales of groups meet the sums of their groups, and numbers are codes
+    as_bytes: bool = False  # numbers are int8
 
     @property
     def is_batch_wide(self) -> bool:
         """Whether a token's bits depend on the other tokens."""
         return self.per_tensor and self.scale is None
+
+    @property
+    def are_integers(self) -> bool:
+        """Whether numbers are integers of eight bits, and their scales factors of the sums."""
+        return self.scheme == "int8" and self.cols == -1
 
     @property
     def is_by_expert(self) -> bool:
@@ -80,15 +86,19 @@ class Scheme(NamedTuple):
         """Bits of a code of the first weight."""
         return 4 if SCHEMES[self.w1.format.rule].is_packed else 8
 
-    def for_kernel(self, room: ModuleType, kernel: str) -> "Scheme":
-        """The scheme as a kernel of `room` multiplies it: scales of groups of rows meet sums where it can do that."""
-        w1, a1 = _in_parts(room, kernel, self.w1, self.a1)
-        w2, a2 = _in_parts(room, kernel, self.w2, self.a2)
+    def for_kernel(self, room: ModuleType, kernel: str, hidden_size: int, intermediate_size: int) -> "Scheme":
+        """The scheme as a kernel of `room` multiplies it: in parts, and rows as bytes, where it can do that."""
+        w1, a1 = _for_kernel(room, kernel, self.w1, self.a1, hidden_size)
+        w2, a2 = _for_kernel(room, kernel, self.w2, self.a2, intermediate_size)
         return Scheme(w1, w2, a1, a2)
 
 
-def _in_parts(room: ModuleType, kernel: str, weight: Weight, rows: Rows | None) -> tuple[Weight, Rows | None]:
-    if rows is None or not _has_parts(rows) or not room.scales_parts(weight.format, rows.cols, kernel):
+def _for_kernel(room: ModuleType, kernel: str, weight: Weight, rows: Rows | None, k: int) -> tuple[Weight, Rows | None]:
+    if rows is None:
+        return weight, None
+    if rows.are_integers:
+        return weight, rows._replace(as_bytes=room.takes_bytes(weight.format, k, kernel))
+    if not _has_parts(rows) or not room.scales_parts(weight.format, rows.cols, kernel):
         return weight, rows
     return weight._replace(format=weight.format._replace(row_cols=rows.cols)), rows._replace(in_parts=True)
 
@@ -234,7 +244,7 @@ def weight_of(
             raise ValueError(f"w{which}_zp must be None for scales of {rows} rows")
     if scale is None:
         scale, rows, cols = xp.ones((shape[0], 1, 1), np.float32), shape[1], shape[2]
-    integers = rows_before is not None and rows_before.scheme == "int8" and rows_before.cols == -1
+    integers = rows_before is not None and rows_before.are_integers
     stored = WeightFormat(scheme, _arrays.bits(scale), "float32", zero_points, ones, int(rows), int(cols), integers)
     return Weight(stored, _with_alphas(xp, which, factor, alphas, shape))
 

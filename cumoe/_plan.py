@@ -261,10 +261,12 @@ def plan(
     sizes = Sizes(top_k, num_experts, hidden_size, intermediate_size, dtype)
     weight_bits, formats = 8.0 * itemsize, ""
     if _layer_scheme.is_quantised(quant_config):
-        rows = (_layer_scheme.planned_rows(i, getattr(quant_config, f"_a{i}")) for i in (1, 2))
+        a1, a2 = (_layer_scheme.planned_rows(i, getattr(quant_config, f"_a{i}")) for i in (1, 2))
+        if device == "cpu" and a2 is not None and a2.are_integers:
+            a2 = a2._replace(as_bytes=True)  # those take memory of their own, if there is a kernel for them
         largest = num_experts * (matrices - 1) * intermediate_size * hidden_size
         bits_of_code = _layer_scheme.code_bits(quant_config._w1)
-        sizes = sizes._replace(a1=next(rows), a2=next(rows), code_bits=bits_of_code, largest=largest)
+        sizes = sizes._replace(a1=a1, a2=a2, code_bits=bits_of_code, largest=largest)
         bits = [_layer_scheme.bits_of_weight(desc) for desc in (quant_config._w1, quant_config._w2)]
         weight_bits = ((matrices - 1) * bits[0] + bits[1]) / matrices
     with _arrays.device_scope(device):

@@ -24,7 +24,7 @@ class Space(NamedTuple):
     """How rows are quantised, and the memory for it."""
 
     rows: Rows
-    numbers: Any  # (R, K) bits of the activations' dtype
+    numbers: Any  # (R, K) bits of the activations' dtype, or int8
     factor: Any  # (R,) float32, or (R, groups or a few more), or (0,) where numbers hold the scale
     batch: Any  # (3,) float32: extremes and scale of all rows, or (0,) where they do not share one
 
@@ -34,13 +34,13 @@ class Space(NamedTuple):
 
 
 def space(rows: Rows, num_rows: int, size: int, bits: Any, empty: Callable[..., Any], numbers: Any = None) -> Space:
-    """Memory from `empty` for rows (`num_rows`, `size`), whose numbers go to `numbers` if that is given."""
+    """Memory from `empty` for rows (`num_rows`, `size`); if `numbers` are given, for them only where they are bytes."""
     # those of each row begin at a multiple of 16 bytes
     groups = (num_rows, -(-size // (_ALIGNED * rows.cols)) * _ALIGNED)
     shape = groups if rows.in_parts else (num_rows if rows.cols == -1 else 0,)
     return Space(
         rows,
-        empty((num_rows, size), bits) if numbers is None else numbers,
+        empty((num_rows, size), np.int8 if rows.as_bytes else bits) if numbers is None or rows.as_bytes else numbers,
         empty(shape, np.float32),
         empty((3 if rows.is_batch_wide else 0,), np.float32),
     )

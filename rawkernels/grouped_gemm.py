@@ -87,6 +87,11 @@ def scales_parts(weight_format, row_cols, kernel):
     return row_cols % wgmma.BLOCK_K == 0
 
 
+def takes_bytes(weight_format, k, kernel):
+    """Whether rows of integers come as int8: they are numbers here."""
+    return False
+
+
 def block_rows(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_bits, parted, kernel):
     """
     Rows of a tile of the schedule for both products of a call.

@@ -104,7 +104,10 @@ def coded_product(xp, seed, how, dtype, kernel, num_tokens, outputs, k, activati
     _arrays.room(xp, "formats").decode(codes, *given, form.rule, dtype, numbers)
     worth = back(numbers).view(dtype)
     plain = on_side(xp, p._replace(weights=worth), dtype, kernel, **other)
-    return Coded(plain._replace(weights=codes, weight_format=form), plain, worth, exact)
+    product = plain._replace(weights=codes, weight_format=form)
+    if integer_rows and plain.room.takes_bytes(form, k, kernel):
+        product = product._replace(x=back(plain.x).view(dtype).astype(np.int8))
+    return Coded(product, plain, worth, exact)
 
 
 def weights_of(codes, form):

@@ -82,11 +82,11 @@ def test_which_scales_meet_parts():
     rows = _layer_scheme.rows_of(1, config._a1, arrays, 2)
     weight = _layer_scheme.weight_of(np, 1, quantised.values, config._w1, arrays, shapes["weights"][0], False, rows)
     scheme = _layer_scheme.Scheme(weight, weight, rows, rows)
-    ready = scheme.for_kernel(grouped_gemm, "mma")
+    ready = scheme.for_kernel(grouped_gemm, "mma", 512, 512)
     assert (ready.w1.format.row_cols, ready.a1.in_parts) == (128, True)
     assert _coded_weights.parted(ready.w1.format, 512) == 2
     assert _coded_weights.parted(ready.w1.format._replace(group_cols=64), 512) == 1
     assert _coded_weights.parted(ready.w1.format._replace(row_cols=0), 512) == 0
     odd = rows._replace(cols=48)
-    assert not scheme._replace(a1=odd).for_kernel(grouped_gemm, "mma").a1.in_parts
+    assert not scheme._replace(a1=odd).for_kernel(grouped_gemm, "mma", 512, 512).a1.in_parts
     assert _arrays.room(np, "grouped_gemm").scales_parts(weight.format, 48, "fma") is False
