@@ -15,7 +15,7 @@ from cumoe.bench import gpu_ceilings, gpu_tables, results
 Item = TypeVar("Item")
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("cpu", "gpu")
+SUITES = ("cpu", "gpu", "processes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"no results of suite {suite} in {options.results}: its table stays as it is", file=sys.stderr)
             continue
         try:
-            table = cpu_table if suite == "cpu" else gpu_table
+            table = {"cpu": cpu_table, "gpu": gpu_table, "processes": processes_table}[suite]
             text = replaced(text, suite, table(*results.read(newest), source=newest.name))
         except ValueError as error:
             print(f"{options.readme}: {error}", file=sys.stderr)
@@ -78,6 +78,23 @@ def cpu_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) ->
             ratios = (f"{float(cells[name]['ratio_to_cumoe']):.2f}" if name in cells else "" for name in methods)
             numbers = (f"{float(own['time_us']) / 1e3:.3f}", own["gflops"], own["gbs"], own["of_floor"], *ratios)
             lines.append(f"| {dtype} | {mode} | {tokens} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
+def processes_table(facts: dict[str, str], rows: list[dict[str, str]], source: str) -> str:
+    """Markdown of one result file of whole processes: a line for what was measured, a column for each scheme."""
+    schemes = unique(row["scheme"] for row in rows)
+    lines = [
+        f"{facts['cpu model']}, {facts['cpu threads']}, {facts['date'][:10]}, commit {facts['commit']}. "
+        f"File: `benchmarks/results/{source}`.",
+        "",
+        "| | shape | " + " | ".join(schemes) + " |",
+        "| --- | --- |" + " ---: |" * len(schemes),
+    ]
+    for what, shape in unique((row["what"], row["shape"]) for row in rows):
+        cells = {row["scheme"]: row for row in rows if (row["what"], row["shape"]) == (what, shape)}
+        values = (f"{cells[name]['value']} {cells[name]['unit']}" if name in cells else "" for name in schemes)
+        lines.append(f"| {what} | {shape} | " + " | ".join(values).replace(" ratio", "") + " |")
     return "\n".join(lines)
 
 

@@ -100,14 +100,19 @@ def coded_product(xp, seed, how, dtype, kernel, num_tokens, outputs, k, activati
     arrays = {name: getattr(form, name) for name in ("scale", "zero_points", "global_scale")}
     form = form._replace(**{name: None if array is None else xp.asarray(array) for name, array in arrays.items()})
     numbers = bits(xp, np.full(p.weights.shape, 7, dtype))
-    given = form.scale, form.scale_dtype, form.zero_points, form.global_scale, form.group_rows, form.group_cols
-    _arrays.room(xp, "formats").decode(codes, *given, form.rule, dtype, numbers)
+    decode(xp, codes, form, dtype, numbers)
     worth = back(numbers).view(dtype)
     plain = on_side(xp, p._replace(weights=worth), dtype, kernel, **other)
     product = plain._replace(weights=codes, weight_format=form)
     if integer_rows and plain.room.takes_bytes(form, k, kernel):
         product = product._replace(x=back(plain.x).view(dtype).astype(np.int8))
     return Coded(product, plain, worth, exact)
+
+
+def decode(xp, codes, form, dtype, numbers):
+    """Fill `numbers` with the bits that codes stand for."""
+    given = form.scale, form.scale_dtype, form.zero_points, form.global_scale, form.group_rows, form.group_cols
+    _arrays.room(xp, "formats").decode(codes, *given, form.rule, dtype, numbers)
 
 
 def weights_of(codes, form):

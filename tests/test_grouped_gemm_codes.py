@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from coded_products import FORMATS, Format, assert_right, coded_product, weights_of
+from coded_products import FORMATS, Format, assert_right, coded_product, decode, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from products import (
@@ -115,6 +115,7 @@ def test_rows_that_are_integers(xp, dtype, kernel, how):
     most = np.full(product.exact.x.shape, 127, dtype)
     product.codes.x[...] = most if product.codes.x.dtype == np.int8 else bits(xp, most)
     product.codes.weights[...] = {"int8": -128, "uint8": 255}.get(how.rule, 0)
+    decode(xp, product.codes.weights, product.codes.weight_format, dtype, product.numbers.weights)
     exact = product.exact._replace(x=most)
     numbers = [weights_of(product.codes.weights, product.codes.weight_format).numbers(e) for e in range(3)]
     assert_right(product._replace(exact=exact._replace(weights=np.stack(numbers))))
