@@ -15,7 +15,7 @@ from cumoe.cpu import _indirect, _intrinsics, _recorder, _threads
 from cumoe.cpu._frozen import Word
 from cumoe.cpu._jit import jit
 
-_MOST_PAIRS = 1024  # beyond, what a recording saves is little, and its scratch large
+_MOST_PAIRS = 4096  # beyond, what a recording saves is little, and its scratch large
 _KEPT, _MOST_KEPT_BYTES = 8, 256 << 20  # blocks of memory, of which only what a call touches is there
 _PAUSES = 1000  # of a thread that waits, before it lets others run
 
