@@ -119,24 +119,24 @@ def threads(shape: shapes.Shape, scheme: str) -> dict[str, float]:
 
 def callers(shape: shapes.Shape, scheme: str) -> dict[str, float]:
     """Calls a second of several threads of Python over those of one, torch's and OpenBLAS's threads beside them."""
+    return {name: together(call, f"{name}, {scheme}") for name, call in calls(shape, scheme, TOKENS).items()}
+
+
+def together(call: Callable[[], Any], name: str) -> float:
+    """Calls a second of several threads over those of one; raise if a result differs."""
     import torch
 
-    found = {}
-    square = np.ones((512, 512), np.float32)
-    for name, call in calls(shape, scheme, TOKENS).items():
-        expected = call().tobytes()
-        ratios = []
-        for _ in range(5):
-            (torch.from_numpy(square) @ torch.from_numpy(square), square @ square)
-            with ThreadPoolExecutor(CALLERS) as pool:
-                together = timed(lambda pool=pool, call=call: list(pool.map(lambda _: call(), range(2 * CALLERS))))
-                right = {result.tobytes() == expected for result in pool.map(lambda _: call(), range(CALLERS))}
-            if right != {True}:
-                raise RuntimeError(f"{CALLERS} callers at once got other bits than one, {name}, {scheme}")
-            alone = timed(lambda call=call: [call() for _ in range(2 * CALLERS)])
-            ratios.append(alone / together)
-        found[name] = statistics.median(ratios)
-    return found
+    square, expected, ratios = np.ones((512, 512), np.float32), call().tobytes(), []
+    for _ in range(5):
+        (torch.from_numpy(square) @ torch.from_numpy(square), square @ square)
+        with ThreadPoolExecutor(CALLERS) as pool:
+            started = time.perf_counter()
+            found = list(pool.map(lambda _: call(), range(2 * CALLERS)))
+            taken = time.perf_counter() - started
+        if {result.tobytes() for result in found} != {expected}:
+            raise RuntimeError(f"{CALLERS} callers at once got other bits than one, {name}")
+        ratios.append(timed(lambda: [call() for _ in range(2 * CALLERS)]) / taken)
+    return statistics.median(ratios)
 
 
 def sgemm(shape: shapes.Shape, scheme: str) -> dict[str, float]:
