@@ -22,7 +22,7 @@ class Scratch(NamedTuple):
     activated: Any  # (T*k, I)
     rows: Any  # (T*k, H)
     tokens: _quantised_rows.Space | None  # of the tokens, if they are quantised
-    between: _quantised_rows.Space | None  # of `activated`, in place
+    between: _quantised_rows.Space | None  # of `activated`, in place unless they are bytes
     expanded: Any  # what the codes of one weight stand for, in a line; (0,) where that is found tile by tile
 
 
