@@ -13,6 +13,8 @@ from numba.extending import intrinsic
 from cumoe.cpu import _ir
 from cumoe.cpu._ir import constant, pointer
 
+_CPUS = 1024  # of the system's own set of them
+
 
 @intrinsic
 def next_task(typing_context, counter):
@@ -32,6 +34,17 @@ def word(typing_context, address):
         return builder.load_atomic(pointer(builder, arguments[0]), "acquire", 8, typ=_ir.I64)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def put_word(typing_context, address, value):
+    """Write an int64, behind all that was written before."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.store_atomic(arguments[1], builder.inttoptr(arguments[0], ir.PointerType(_ir.I64)), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -57,6 +70,56 @@ def let_others_run(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def cpu(typing_context):
+    """The number of the CPU that runs this, or -1 where the system has no name for that."""
+
+    def codegen(context, builder, signature, arguments):
+        if sys.platform != "linux":
+            return constant(-1)
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_ir.I32, []), "sched_getcpu")
+        return builder.sext(builder.call(function, []), _ir.I64)
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def move_from(typing_context, number):
+    """
+    Go on on another CPU than `number`, if this thread may run on one.
+
+    The system moves a thread at once when its CPU is taken out of those that it may run on; they are put back then.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        if sys.platform == "linux":
+            _move_from(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _move_from(builder: ir.IRBuilder, number: ir.Value) -> None:
+    mask_type = ir.ArrayType(_ir.I64, _CPUS // 64)
+    mask = cgutils.alloca_once(builder, mask_type)
+    kind = ir.FunctionType(_ir.I32, [_ir.I32, _ir.I64, mask.type])
+    ask, allow = (
+        cgutils.get_or_insert_function(builder.module, kind, name)
+        for name in ("sched_getaffinity", "sched_setaffinity")
+    )
+    arguments = ir.Constant(_ir.I32, 0), constant(_CPUS // 8), mask
+    builder.store(ir.Constant(mask_type, None), mask)
+    known = builder.icmp_signed("==", builder.call(ask, arguments), ir.Constant(_ir.I32, 0))
+    with builder.if_then(builder.and_(known, builder.icmp_unsigned("<", number, constant(_CPUS)))):
+        zero = ir.Constant(_ir.I32, 0)
+        place = builder.gep(mask, [zero, builder.udiv(number, constant(64))])
+        bit = builder.shl(constant(1), builder.urem(number, constant(64)))
+        builder.store(builder.xor(builder.load(place, typ=_ir.I64), bit), place)
+        builder.call(allow, arguments)  # refused where that was the only one
+        builder.store(builder.xor(builder.load(place, typ=_ir.I64), bit), place)
+        builder.call(allow, arguments)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ def run(worker, problem, offsets, most_rows, row_group, panels, parts):
 
 def _record(recorder, worker, problem, offsets, most_rows, row_group, panels, parts):
     num_rows = len(problem.out)
+    recorder.products += problem.out.size * problem.x.shape[1]
     most_rows = max(1, min(most_rows, _FEW_ROWS) // row_group) * row_group
     wanted = recorder.workers * _FEW_PER_THREAD
     tasks = recorder.take((_most_tasks(num_rows, len(offsets) - 1, most_rows, wanted), 5), np.int64)

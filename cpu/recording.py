@@ -17,6 +17,7 @@ from cumoe.cpu._jit import jit
 
 _MOST_PAIRS = 4096  # beyond, what a recording saves is little, and its scratch large
 _KEPT, _MOST_KEPT_BYTES = 8, 256 << 20  # blocks of memory, of which only what a call touches is there
+_HEAD = 3  # words before those of the steps
 _PAUSES = 1000  # of a thread that waits, before it lets others run
 
 _NO_MEMORY = np.empty(0, np.uint8)
@@ -46,13 +47,16 @@ def record(steps, given):
 
 
 class Recording:
-    """The steps of a call as words: how many come first and how many follow, four words each, then what each has."""
+    """
+    The steps of a call as words: how many come first and how many follow, where threads say that they came, four words
+    for each step, then what each has.
+    """
 
     def __init__(self, recorder):
         steps = (*recorder.before, *recorder.together)
-        words, details = [Word(0, len(recorder.before)), Word(0, len(recorder.together))], []
+        words, details = [Word(0, len(recorder.before)), Word(0, len(recorder.together)), recorder.arrivals], []
         for step in steps:
-            behind = 8 * (2 + 4 * len(steps) + len(details))
+            behind = 8 * (_HEAD + 4 * len(steps) + len(details))
             words += [Word(0, step.enter), Word(_recorder.WORDS, behind), step.entered, step.left]
             details += step.words
         self._words = np.array(words + details, np.int64)
@@ -106,17 +110,36 @@ def _begin(words, sizes, memory, given):
     for i in range(len(words)):
         block[i] = words[i, 1] + starts[words[i, 0]]
     for step in range(block[0]):
-        at = 2 + 4 * step
+        at = _HEAD + 4 * step
         _indirect.call(block[at], (block[at + 1], np.int64(0)))
     return np.int64(block.ctypes.data)
+
+
+@jit()
+def _find_a_cpu(arrivals):
+    """
+    Leave the CPU of the caller, if that is where this thread was woken.
+
+    Linux may put a woken thread behind the one that woke it although another CPU is idle, and move it only when it
+    looks at its queues again, which takes longer than many calls.
+    """
+    if arrivals == 0:
+        return
+    word, here = _intrinsics.word, _intrinsics.cpu()
+    if _intrinsics.next_task(arrivals) == 0:
+        _intrinsics.put_word(arrivals + 8, here + 1)
+        _intrinsics.let_others_run()  # who waits behind this thread comes now, and goes
+    elif here >= 0 and word(arrivals + 8) == here + 1:
+        _intrinsics.move_from(here)
 
 
 @jit()
 def _conduct(block, thread):
     """What each thread does."""
     word = _intrinsics.word
+    _find_a_cpu(word(block + 16))
     steps = word(block + 8)
-    step = block + 16 + 32 * word(block)
+    step = block + 8 * _HEAD + 32 * word(block)
     for number in range(steps):
         entered, left = word(step + 16), word(step + 24)
         _intrinsics.next_task(entered)
