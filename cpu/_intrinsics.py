@@ -90,7 +90,8 @@ def move_from(typing_context, number):
     """
     Go on on another CPU than `number`, if this thread may run on one.
 
-    The system moves a thread at once when its CPU is taken out of those that it may run on; they are put back then.
+    The system moves a thread at once when its CPU is taken out of its mask. The mask is then set to all CPUs, so that
+    it follows those of the process, and where that is not what it was, to what it was.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -102,24 +103,32 @@ def move_from(typing_context, number):
 
 
 def _move_from(builder: ir.IRBuilder, number: ir.Value) -> None:
-    mask_type = ir.ArrayType(_ir.I64, _CPUS // 64)
-    mask = cgutils.alloca_once(builder, mask_type)
+    words = ir.VectorType(_ir.I64, _CPUS // 64)
+    before, mask = (cgutils.alloca_once(builder, words) for _ in range(2))
     kind = ir.FunctionType(_ir.I32, [_ir.I32, _ir.I64, mask.type])
-    ask, allow = (
-        cgutils.get_or_insert_function(builder.module, kind, name)
-        for name in ("sched_getaffinity", "sched_setaffinity")
-    )
-    arguments = ir.Constant(_ir.I32, 0), constant(_CPUS // 8), mask
-    builder.store(ir.Constant(mask_type, None), mask)
-    known = builder.icmp_signed("==", builder.call(ask, arguments), ir.Constant(_ir.I32, 0))
+    none, size = ir.Constant(words, None), constant(_CPUS // 8)
+
+    def system(name: str, where: ir.Value) -> ir.Value:
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, [ir.Constant(_ir.I32, 0), size, where])
+
+    builder.store(none, before)
+    builder.store(none, mask)
+    known = builder.icmp_signed("==", system("sched_getaffinity", before), ir.Constant(_ir.I32, 0))
     with builder.if_then(builder.and_(known, builder.icmp_unsigned("<", number, constant(_CPUS)))):
-        zero = ir.Constant(_ir.I32, 0)
-        place = builder.gep(mask, [zero, builder.udiv(number, constant(64))])
-        bit = builder.shl(constant(1), builder.urem(number, constant(64)))
-        builder.store(builder.xor(builder.load(place, typ=_ir.I64), bit), place)
-        builder.call(allow, arguments)  # refused where that was the only one
-        builder.store(builder.xor(builder.load(place, typ=_ir.I64), bit), place)
-        builder.call(allow, arguments)
+        bit = builder.shl(constant(1), builder.and_(number, constant(63)))
+        place = builder.trunc(builder.lshr(number, constant(6)), _ir.I32)
+        others = builder.insert_element(none, bit, place)
+        builder.store(builder.and_(builder.load(before), builder.not_(others)), mask)
+        system("sched_setaffinity", mask)  # refused where that was the only one
+        builder.store(_ir.fill(words, -1), mask)
+        system("sched_setaffinity", mask)
+        builder.store(none, mask)
+        system("sched_getaffinity", mask)
+        differs = builder.icmp_unsigned("!=", builder.load(mask), builder.load(before))
+        any_differs = builder.bitcast(differs, ir.IntType(_CPUS // 64))
+        with builder.if_then(builder.icmp_unsigned("!=", any_differs, ir.Constant(any_differs.type, 0))):
+            system("sched_setaffinity", before)
 
 
 @functools.cache

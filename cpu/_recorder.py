@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from cumoe.cpu import _frozen, _indirect, _thunks
+from cumoe.cpu import _cpus, _frozen, _indirect, _thunks
 from cumoe.cpu._frozen import Address, Word
 
 NOTHING, MEMORY, WORDS, GIVEN = range(4)  # owners of words: those of what is given follow
 ALIGNMENT = 64
 _COUNTERS = 32  # each in a cache line of its own: one for the tasks of a step, two for who is in it
-_MANY_PRODUCTS = 1 << 21  # take longer than to move a thread
 _HERE = threading.local()
 
 
@@ -38,7 +37,7 @@ class Recorder:
         self.workers = numba.config.NUMBA_NUM_THREADS  # all that there may be: fewer do the work of the others
         self.before: list[Step] = []
         self.together: list[Step] = []
-        self.size = self.products = 0  # bytes of memory; multiplications
+        self.size = self.products = 0  # bytes of memory; elements of products times K
         self.constants: list[np.ndarray] = []
         self._counters = np.empty((_COUNTERS, ALIGNMENT // 8), np.int64)
         self._used = 0
@@ -48,10 +47,10 @@ class Recorder:
         for number, array in enumerate(given):
             self._know(array, Word(GIVEN + number, 0))
 
-    @property
     def arrivals(self) -> Word:
-        """Where threads say that they came, two int64 that are zero in the beginning; 0 if there is little to do."""
-        return self._place(self.counter().array) if self.products >= _MANY_PRODUCTS else Word(NOTHING, 0)
+        """Where threads say that they came, for `_cpus`; 0 if they need not."""
+        is_of_use = _cpus.is_of_use(self.workers, self.products)
+        return self._place(self.counter().array) if is_of_use else Word(NOTHING, 0)
 
     @property
     def counter_bytes(self) -> int:

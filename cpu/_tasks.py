@@ -4,7 +4,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _indirect, _recorder, _threads
+from cumoe.cpu import _cpus, _indirect, _recorder, _threads
 from cumoe.cpu._frozen import Each
 from cumoe.cpu._jit import jit
 
@@ -36,14 +36,16 @@ def run(worker, problem, offsets, most_rows, row_group, panels, parts):
     workers = min(workers, num_tasks)
     scratch = [np.empty((workers, *shape), dtype) for shape, dtype in parts(-(-longest // row_group) * row_group)]
     address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in scratch))
-    _all_workers(address, problem, tasks, np.zeros(1, np.int64), *scratch)
+    together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1])
+    _all_workers(address, problem, tasks, np.zeros((2, 8), np.int64), together, *scratch)
     _threads.warn_if_slow()
 
 
 def _record(recorder, worker, problem, offsets, most_rows, row_group, panels, parts):
     num_rows = len(problem.out)
     recorder.products += problem.out.size * problem.x.shape[1]
-    most_rows = max(1, min(most_rows, _FEW_ROWS) // row_group) * row_group
+    if num_rows <= _FEW_ROWS * _FEW_PER_THREAD * recorder.workers:
+        most_rows = max(1, min(most_rows, _FEW_ROWS) // row_group) * row_group
     wanted = recorder.workers * _FEW_PER_THREAD
     tasks = recorder.take((_most_tasks(num_rows, len(offsets) - 1, most_rows, wanted), 5), np.int64)
     recorder.first(cut, offsets, most_rows, panels, wanted, tasks, recorder.take((2,), np.int64))
@@ -93,9 +95,13 @@ def cut(offsets, most_rows, panels, wanted, tasks, found):
 
 
 @jit(parallel=True)
-def _all_workers(worker, problem, tasks, counter, row_blocks, decoded, panel_blocks, sums, codes, edges):
+def _all_workers(worker, problem, tasks, counters, together, row_blocks, decoded, panel_blocks, sums, codes, edges):
     """Call the function at address `worker` for each part of the scratch."""
     for w in prange(row_blocks.shape[0]):
-        at = np.int64(counter.ctypes.data)
+        at = np.int64(counters.ctypes.data)
         parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w], edges[w]
+        if together:
+            _cpus.arrive(at + 64)
         _indirect.call(worker, (problem, tasks, at, *parts))
+        if together:
+            _cpus.end(at + 64)

@@ -7,21 +7,25 @@ holds for every threading layer. The memory of a call is kept for the next.
 """
 
 import functools
+import time
 
 import numpy as np
 from numba import prange
 
-from cumoe.cpu import _indirect, _intrinsics, _recorder, _threads
+from cumoe.cpu import _cpus, _indirect, _intrinsics, _recorder, _threads
 from cumoe.cpu._frozen import Word
 from cumoe.cpu._jit import jit
 
 _MOST_PAIRS = 4096  # beyond, what a recording saves is little, and its scratch large
-_KEPT, _MOST_KEPT_BYTES = 8, 256 << 20  # blocks of memory, of which only what a call touches is there
+_KEPT = 8  # blocks of memory, of which only what a call touches is there
+_MOST_KEPT_BYTES = 256 << 20  # of all of them
+_ASLEEP_S = 0.0005  # after so long without a call threads are asleep
 _HEAD = 3  # words before those of the steps
 _PAUSES = 1000  # of a thread that waits, before it lets others run
 
 _NO_MEMORY = np.empty(0, np.uint8)
 _memory: list[np.ndarray] = []
+_ended = [0.0]  # when the last call did
 
 
 def is_worthwhile(num_pairs):
@@ -54,7 +58,7 @@ class Recording:
 
     def __init__(self, recorder):
         steps = (*recorder.before, *recorder.together)
-        words, details = [Word(0, len(recorder.before)), Word(0, len(recorder.together)), recorder.arrivals], []
+        words, details = [Word(0, len(recorder.before)), Word(0, len(recorder.together)), recorder.arrivals()], []
         for step in steps:
             behind = 8 * (_HEAD + 4 * len(steps) + len(details))
             words += [Word(0, step.enter), Word(_recorder.WORDS, behind), step.entered, step.left]
@@ -76,8 +80,10 @@ class Recording:
             memory = _NO_MEMORY
         if memory.size < self._num_bytes:
             memory = np.empty(self._num_bytes, np.uint8)
-        _replay(_conductor(), self._workers, self._words, self._sizes, memory, given)
-        if len(_memory) < _KEPT and memory.size <= _MOST_KEPT_BYTES:
+        asleep = time.monotonic() - _ended[0] > _ASLEEP_S
+        _replay(_conductor(), self._workers, self._words, (*self._sizes, asleep), memory, given)
+        _ended[0] = time.monotonic()
+        if len(_memory) < _KEPT and memory.size + sum(one.size for one in _memory) <= _MOST_KEPT_BYTES:
             _memory.append(memory)
         _threads.warn_if_slow()
 
@@ -97,7 +103,7 @@ def _replay(conduct, workers, words, sizes, memory, given):
 @jit()
 def _begin(words, sizes, memory, given):
     """Put the words into memory, with addresses in place of distances; do the first steps. Returns their address."""
-    size, counter_bytes = sizes
+    size, counter_bytes, asleep = sizes
     skipped = -np.int64(memory.ctypes.data) % _recorder.ALIGNMENT
     own = memory[skipped:]
     own[:counter_bytes] = 0
@@ -109,6 +115,8 @@ def _begin(words, sizes, memory, given):
         starts[_recorder.GIVEN + i] = array.ctypes.data
     for i in range(len(words)):
         block[i] = words[i, 1] + starts[words[i, 0]]
+    if not asleep:
+        block[2] = 0  # nobody is woken
     for step in range(block[0]):
         at = _HEAD + 4 * step
         _indirect.call(block[at], (block[at + 1], np.int64(0)))
@@ -116,29 +124,12 @@ def _begin(words, sizes, memory, given):
 
 
 @jit()
-def _find_a_cpu(arrivals):
-    """
-    Leave the CPU of the caller, if that is where this thread was woken.
-
-    Linux may put a woken thread behind the one that woke it although another CPU is idle, and move it only when it
-    looks at its queues again, which takes longer than many calls.
-    """
-    if arrivals == 0:
-        return
-    word, here = _intrinsics.word, _intrinsics.cpu()
-    if _intrinsics.next_task(arrivals) == 0:
-        _intrinsics.put_word(arrivals + 8, here + 1)
-        _intrinsics.let_others_run()  # who waits behind this thread comes now, and goes
-    elif here >= 0 and word(arrivals + 8) == here + 1:
-        _intrinsics.move_from(here)
-
-
-@jit()
 def _conduct(block, thread):
     """What each thread does."""
     word = _intrinsics.word
-    _find_a_cpu(word(block + 16))
-    steps = word(block + 8)
+    steps, arrivals = word(block + 8), word(block + 16)
+    if arrivals:
+        _cpus.arrive(arrivals)
     step = block + 8 * _HEAD + 32 * word(block)
     for number in range(steps):
         entered, left = word(step + 16), word(step + 24)
@@ -155,3 +146,5 @@ def _conduct(block, thread):
             if pauses % _PAUSES == 0:
                 _intrinsics.let_others_run()
         step += 32
+    if arrivals:
+        _cpus.end(arrivals)

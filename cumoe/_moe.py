@@ -107,8 +107,9 @@ def fused_experts(
     in bfloat16; the others meet the sums in float32. Activations are quantised before each product, by the rules of
     `quantize`, where `quant_config` says so. Where one scale serves all tokens, bits do depend on the others.
     Scratch: about ``T * k * (H + I)`` elements, see `plan`; on the GPU the decoded weights of one product more.
-    On the CPU a call of few tokens on prepared weights is recorded when its shapes come for the second time, and is one
-    compiled call from then on; the memory between its steps is kept for the next.
+    On the CPU a call of up to 4096 choices on prepared weights is recorded when its shapes come for the second time,
+    and is one compiled call from then on; the memory between its steps is kept for the next. On Linux, with two
+    threads, one that is woken behind the other moves to another CPU (``sched_setaffinity``, put back at once).
     On the GPU the call never waits for the device; CuPy arrays are worked on in CuPy's current stream, torch
     tensors in torch's. With `out` and `workspace` it allocates nothing there, so that it can be captured in a CUDA
     graph, once it has run before.

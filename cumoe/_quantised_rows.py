@@ -1,5 +1,6 @@
 """
-Rows of activations as a product on quantised operands takes them: numbers of their own dtype, with or without a factor.
+Rows of activations as a product on quantised operands takes them: numbers of their own dtype, with or without a factor,
+or int8 where a kernel multiplies integers.
 
 A scale of a whole row meets the sum, and that of a group the sum of the group where the kernel makes such sums: numbers
 are then the codes, which float16 and bfloat16 hold. Other scales of groups are multiplied in, which bfloat16 holds

@@ -71,7 +71,7 @@ def parted_product(xp, seed, which, dtype, kernel, num_tokens, outputs, k, activ
     exact = product.exact
     if xp is not np and _coded_weights.parted(form, k) == 1:
         exact = exact._replace(weights=product.worth.astype(np.float64))
-    side = product.codes._replace(weight_format=form, row_factor=xp.asarray(factor))
+    side = product.codes._replace(x=product.numbers.x, weight_format=form, row_factor=xp.asarray(factor))
     if expands:
         side = side._replace(expanded=xp.full(exact.weights.shape, 7, side.x.dtype))
     return Parted(side, exact, experts.Bounded(x, gamma(8) * np.abs(x)))

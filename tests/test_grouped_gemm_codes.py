@@ -111,6 +111,7 @@ INTEGERS = [Format("int8"), Format("uint8"), Format("int4", 1, 32), Format("int8
 def test_rows_that_are_integers(xp, dtype, kernel, how):
     """The largest codes of 6000 columns: the sums are near the ends of int32, and exact."""
     check_codes(xp, dtype, kernel, how, "silu", integer_rows=True, row_factor=True, column_factor=True)
+    assert_right(coded_product(xp, 1, how, dtype, kernel, 9, 8, 50 if how.rule == "int4" else 51, integer_rows=True))
     product = coded_product(xp, 1, how, dtype, kernel, 9, 8, 6000, integer_rows=True)
     most = np.full(product.exact.x.shape, 127, dtype)
     product.codes.x[...] = most if product.codes.x.dtype == np.int8 else bits(xp, most)

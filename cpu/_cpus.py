@@ -1,0 +1,39 @@
+"""
+Two threads of a call on two CPUs.
+
+Linux may put a woken thread behind the one that woke it although the other CPU is idle, and move it only when it looks
+at its queues again, after some milliseconds. Here the thread that comes first lets others run once; one that then finds
+itself on the same CPU leaves it. Two threads only: of more, one that moves may meet another.
+"""
+
+import numpy as np
+
+from cumoe.cpu import _intrinsics
+from cumoe.cpu._jit import jit
+
+_THREADS = 2
+_MANY_PRODUCTS = 1 << 21  # take longer than to move a thread
+
+
+def is_of_use(workers, products):
+    """Whether so many threads should find CPUs for so much work: elements of products times K."""
+    return workers == _THREADS and products >= _MANY_PRODUCTS
+
+
+@jit()
+def arrive(arrivals):
+    """Begin the part of a thread; at the address `arrivals` are two int64 that are zero in the beginning."""
+    here = _intrinsics.cpu()
+    if here < 0:
+        return
+    if _intrinsics.next_task(arrivals) == 0:
+        _intrinsics.put_word(arrivals + 8, np.int64(here + 1))
+        _intrinsics.let_others_run()  # who waits behind this thread comes now, and goes
+    elif _intrinsics.word(arrivals + 8) == here + 1:
+        _intrinsics.move_from(here)
+
+
+@jit()
+def end(arrivals):
+    """End it: this thread may do the part of the other too, and who is late stays where it is."""
+    _intrinsics.put_word(arrivals + 8, np.int64(0))
