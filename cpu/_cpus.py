@@ -3,8 +3,11 @@ Two threads of a call on two CPUs.
 
 Linux may put a woken thread behind the one that woke it although the other CPU is idle, and move it only when it looks
 at its queues again, after some milliseconds. Here the thread that comes first lets others run once; one that then finds
-itself on the same CPU leaves it. Two threads only: of more, one that moves may meet another.
+itself on the same CPU leaves it. Two threads only: of more, one that moves may meet another. Threads that are still
+awake stay where they are.
 """
+
+import time
 
 import numpy as np
 
@@ -13,6 +16,18 @@ from cumoe.cpu._jit import jit
 
 _THREADS = 2
 _MANY_PRODUCTS = 1 << 21  # take longer than to move a thread
+_ASLEEP_S = 0.0005  # after so long without a call threads are asleep
+_ended = [0.0]  # when the last parallel region did
+
+
+def are_asleep():
+    """Whether the threads have had nothing to do for so long that they must be woken."""
+    return time.monotonic() - _ended[0] > _ASLEEP_S
+
+
+def were_awake():
+    """Say that the threads have just ended their work."""
+    _ended[0] = time.monotonic()
 
 
 def is_of_use(workers, products):
@@ -27,7 +42,7 @@ def arrive(arrivals):
     if here < 0:
         return
     if _intrinsics.next_task(arrivals) == 0:
-        _intrinsics.put_word(arrivals + 8, np.int64(here + 1))
+        _intrinsics.put_word(arrivals + 8, here + 1)
         _intrinsics.let_others_run()  # who waits behind this thread comes now, and goes
     elif _intrinsics.word(arrivals + 8) == here + 1:
         _intrinsics.move_from(here)

@@ -11,6 +11,8 @@ from cumoe.cpu._jit import jit
 _PER_THREAD = 16  # evens out what the threads do
 _FEW_PER_THREAD = 8  # of few rows: what it costs to begin a task counts
 _FEW_ROWS = 64  # of a task that is recorded
+_LAST_PARTS = 4  # the last blocks of rows are cut finer, so that the threads end together
+_LAST_ROWS = 16  # where such a part still takes much longer than to begin it
 
 
 def run(worker, problem, offsets, most_rows, row_group, panels, parts):
@@ -26,18 +28,19 @@ def run(worker, problem, offsets, most_rows, row_group, panels, parts):
         _record(recorder, worker, problem, offsets, most_rows, row_group, panels, parts)
         return
     workers = numba.get_num_threads()
-    wanted = workers * _PER_THREAD
-    tasks = np.empty((_most_tasks(num_rows, experts, most_rows, wanted), 5), np.int64)
+    wanted = workers, _PER_THREAD
+    tasks = np.empty((_most_tasks(num_rows, experts, most_rows, *wanted), 5), np.int64)
     found = np.empty(2, np.int64)
-    cut(offsets, most_rows, panels, wanted, tasks, found)
+    cut(offsets, most_rows, panels, *wanted, tasks, found)
     num_tasks, longest = found.tolist()
     if num_tasks == 0:
         return
     workers = min(workers, num_tasks)
     scratch = [np.empty((workers, *shape), dtype) for shape, dtype in parts(-(-longest // row_group) * row_group)]
     address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in scratch))
-    together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1])
+    together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1]) and _cpus.are_asleep()
     _all_workers(address, problem, tasks, np.zeros((2, 8), np.int64), together, *scratch)
+    _cpus.were_awake()
     _threads.warn_if_slow()
 
 
@@ -46,32 +49,34 @@ def _record(recorder, worker, problem, offsets, most_rows, row_group, panels, pa
     recorder.products += problem.out.size * problem.x.shape[1]
     if num_rows <= _FEW_ROWS * _FEW_PER_THREAD * recorder.workers:
         most_rows = max(1, min(most_rows, _FEW_ROWS) // row_group) * row_group
-    wanted = recorder.workers * _FEW_PER_THREAD
-    tasks = recorder.take((_most_tasks(num_rows, len(offsets) - 1, most_rows, wanted), 5), np.int64)
-    recorder.first(cut, offsets, most_rows, panels, wanted, tasks, recorder.take((2,), np.int64))
+    wanted = recorder.workers, _FEW_PER_THREAD
+    tasks = recorder.take((_most_tasks(num_rows, len(offsets) - 1, most_rows, *wanted), 5), np.int64)
+    recorder.first(cut, offsets, most_rows, panels, *wanted, tasks, recorder.take((2,), np.int64))
     room = -(-min(num_rows, most_rows) // row_group) * row_group
     scratch = [Each(recorder.take((recorder.workers, *shape), dtype)) for shape, dtype in parts(room)]
     recorder.all_threads(worker, problem, tasks, recorder.counter(), *scratch)
 
 
-def _most_tasks(num_rows, experts, most_rows, wanted):
+def _most_tasks(num_rows, experts, most_rows, workers, per_worker):
     """Of so many rows, and one more where there may be none."""
-    return 2 * wanted + min(num_rows, experts + num_rows // most_rows) + 1
+    last = workers * (2 * _LAST_PARTS * per_worker + 1)
+    return 2 * workers * per_worker + min(num_rows, experts + num_rows // most_rows) + last + 1
 
 
 @jit()
-def cut(offsets, most_rows, panels, wanted, tasks, found):
+def cut(offsets, most_rows, panels, workers, per_worker, tasks, found):
     """
     Fill `tasks` with (expert, first row, rows, first panel, panels), and `found` with their number and the most rows.
 
-    There are about `wanted` of them, of at most `most_rows`; what follows them in `tasks` has no rows.
+    There are about `per_worker` for each of the workers, of at most `most_rows`, and the last blocks of rows, one for
+    each worker, in smaller ones; what follows them in `tasks` has no rows.
     """
     experts = offsets.size - 1
     blocks = longest = np.int64(0)
     for e in range(experts):
         blocks += (offsets[e + 1] - offsets[e] + most_rows - 1) // most_rows
-    group = max(1, min(panels, blocks * panels // wanted))
-    n = np.int64(0)
+    whole = max(1, min(panels, blocks * panels // (workers * per_worker)))
+    n, left = np.int64(0), blocks
     for e in range(experts):
         count = offsets[e + 1] - offsets[e]
         pieces = (count + most_rows - 1) // most_rows
@@ -79,6 +84,9 @@ def cut(offsets, most_rows, panels, wanted, tasks, found):
         for piece in range(pieces):
             rows = count // pieces + (1 if piece < count % pieces else 0)
             longest = max(longest, rows)
+            is_last = left <= workers and rows >= _LAST_ROWS
+            group = max(1, whole // _LAST_PARTS) if is_last else whole
+            left -= 1
             for panel in range(0, panels, group):
                 if n == tasks.shape[0]:  # only offsets that make no sense come here
                     break

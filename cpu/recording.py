@@ -7,7 +7,6 @@ holds for every threading layer. The memory of a call is kept for the next.
 """
 
 import functools
-import time
 
 import numpy as np
 from numba import prange
@@ -19,13 +18,11 @@ from cumoe.cpu._jit import jit
 _MOST_PAIRS = 4096  # beyond, what a recording saves is little, and its scratch large
 _KEPT = 8  # blocks of memory, of which only what a call touches is there
 _MOST_KEPT_BYTES = 256 << 20  # of all of them
-_ASLEEP_S = 0.0005  # after so long without a call threads are asleep
 _HEAD = 3  # words before those of the steps
 _PAUSES = 1000  # of a thread that waits, before it lets others run
 
 _NO_MEMORY = np.empty(0, np.uint8)
 _memory: list[np.ndarray] = []
-_ended = [0.0]  # when the last call did
 
 
 def is_worthwhile(num_pairs):
@@ -80,9 +77,8 @@ class Recording:
             memory = _NO_MEMORY
         if memory.size < self._num_bytes:
             memory = np.empty(self._num_bytes, np.uint8)
-        asleep = time.monotonic() - _ended[0] > _ASLEEP_S
-        _replay(_conductor(), self._workers, self._words, (*self._sizes, asleep), memory, given)
-        _ended[0] = time.monotonic()
+        _replay(_conductor(), self._workers, self._words, (*self._sizes, _cpus.are_asleep()), memory, given)
+        _cpus.were_awake()
         if len(_memory) < _KEPT and memory.size + sum(one.size for one in _memory) <= _MOST_KEPT_BYTES:
             _memory.append(memory)
         _threads.warn_if_slow()
