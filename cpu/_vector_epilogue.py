@@ -27,6 +27,7 @@ class Store(NamedTuple):
     dtype: str
     lanes: int
     vectors: int
+    is_integer: bool = False  # the sums
 
 
 def can_store(activation: str, dtype: str) -> bool:
@@ -86,7 +87,11 @@ def _emit(
         values = []
         for i in range(count):
             start = source if i < store.vectors else builder.add(source, half)
-            value = _ir.load(builder, builder.add(start, constant(i % store.vectors * vector_bytes)), floats)
+            address = builder.add(start, constant(i % store.vectors * vector_bytes))
+            if store.is_integer:
+                value = builder.sitofp(_ir.load(builder, address, ir.VectorType(_ir.I32, store.lanes)), floats)
+            else:
+                value = _ir.load(builder, address, floats)
             value = builder.fmul(value, builder.fmul(row_factor, given[i]))
             values.append(builder.fmul(builder.fadd(value, given[count + i]), scale))
         if store.activation:
@@ -184,10 +189,13 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     for coefficient in (e._Q2, e._Q1, e._Q0):
         q = multiply_add(r, q, number(coefficient))
     above_one = multiply_add(builder.fmul(r, r), q, r)
+    low = builder.fadd(above_one, number(e._ONE))
+    if floats.count == 16:  # scales by any power of two at once, rounding once as the two factors do
+        everywhere, current = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(_ir.I32, 4)
+        return _ir.call(builder, "llvm.x86.avx512.mask.scalef.ps.512", floats, [low, n, low, everywhere, current])
     whole = builder.sub(builder.bitcast(shifted, words), _ir.fill(words, int(e._ROUND_BITS)))
     half = builder.ashr(whole, _ir.fill(words, 1))
-    low = builder.fmul(builder.fadd(above_one, number(e._ONE)), power_of_two(half))
-    return builder.fmul(low, power_of_two(builder.sub(whole, half)))
+    return builder.fmul(builder.fmul(low, power_of_two(half)), power_of_two(builder.sub(whole, half)))
 
 
 def _float(floats: ir.VectorType, value: Any) -> ir.Constant:

@@ -139,10 +139,6 @@ def _emit_rows(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands) -> Non
 
 def _emit_groups(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, places: Any, resumes: ir.Value) -> None:
     """The same where the sums of each `group_steps` steps meet their scales: the totals stay in memory."""
-    with builder.if_then(builder.not_(resumes)):
-        for row in places:
-            for place in row:
-                _ir.store(builder, ir.Constant(tile.floats, None), place)
     groups = builder.sdiv(builder.add(p.steps, builder.sub(p.group_steps, constant(1))), p.group_steps)
     scale_bytes, columns = _spread.SCALE_BYTES[tile.scale], tile.lanes * tile.vectors
     with cgutils.for_range(builder, groups) as group:
@@ -153,6 +149,8 @@ def _emit_groups(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, plac
         zeros = builder.add(at, constant(scale_bytes * columns)) if tile.has_zeros else None
         start = _starts(builder, tile, rows, p, group.index)
         sums = _sum_over(builder, tile, rows, p, start, first, last, zeros)
+        known = builder.or_(resumes, builder.icmp_signed(">", group.index, constant(0)))
+        known = _ir.splat(builder, known, tile.lanes)
         for v in range(tile.vectors):
             address = builder.add(at, constant(v * tile.lanes * scale_bytes))
             scale = _spread.scales(builder, tile.scale, address, tile.floats)
@@ -165,6 +163,7 @@ def _emit_groups(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, plac
                     value = builder.fmul(value, scale)
                     factor = _ir.splat(builder, _ir.load(builder, of_row, ir.FloatType()), tile.lanes)
                 total = _ir.load(builder, places[r][v], tile.floats)
+                total = builder.select(known, total, ir.Constant(tile.floats, None))
                 _ir.store(builder, _ir.fma(builder, value, factor, total), places[r][v])
 
 

@@ -65,7 +65,7 @@ def worker(made, kernel, dtype, activation, rule):
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
         pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
         put_factors=jit(inline=True, group=made.group)(_put_part_factors) if made.in_parts else _no_part_factors,
-        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes),
+        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes, made.is_integer and not made.group),
         **sizes,
     )(_work_codes)
 
@@ -130,7 +130,7 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
     """
     ``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile.
 
-    For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first.
+    Integers without groups leave the bits of int32. For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first.
     """
     a = row_block.ctypes.data
     stride = k_padded * (1 if is_integer else row_block.itemsize)
@@ -169,12 +169,6 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
             else:
                 tile(block_rows, row, stride, piece, count, target, half, first, ahead, asked, *last)
             first_row += block_rows
-    if is_integer and group == 0:
-        for side in range(2):
-            line = sums[side].reshape(-1)[: rows * sums.shape[2]]
-            whole = line.view(np.int32)
-            for i in range(line.size):
-                line[i] = np.float32(whole[i])
 
 
 def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, codes, edges):

@@ -18,23 +18,23 @@ from cumoe.cpu.bits import CODECS
 
 
 @functools.cache
-def epilogue(activation, dtype, half, lanes):
+def epilogue(activation, dtype, half, lanes, is_integer=False):
     """
     The compiled epilogue of panels of `2 * half` columns; `activation` is a name of `act.SCALAR` or "".
 
     It takes (problem, sums, codes, edges, expert, first row, rows, first output, outputs); `edges` is float32, as long
     as `edge_size` says, and begins with what `put_rows` found for these rows. The common ones become part of their
-    callers: to hand on `problem` takes longer than a row.
+    callers: to hand on `problem` takes longer than a row. With `is_integer`, `sums` holds the bits of int32.
     """
     if _vector_epilogue.can_store(activation, dtype):
-        store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes))
+        store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes, is_integer))
         return jit(inline=True, finish=store, half=half, gated=bool(activation))(_in_registers)
     load, store = CODECS[dtype]
     if not activation:
-        return jit(finish=jit(store=store)(_store), half=half)(_each_half)
+        return jit(finish=jit(store=store)(_store), half=half, is_integer=is_integer)(_each_half)
     finish = jit(load=load, store=store, activate=act.SCALAR[activation])(_activate)
     template = _each_half if activation.endswith("_no_mul") else _both_halves
-    return jit(finish=finish, half=half)(template)
+    return jit(finish=finish, half=half, is_integer=is_integer)(template)
 
 
 def edge_size(rows, columns):
@@ -70,7 +70,7 @@ def put_rows(problem, edges, room, row0, rows):
 
 load = store = activate = finish = None
 half = 0
-gated = False
+gated = is_integer = False
 
 
 def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, width):
@@ -116,6 +116,8 @@ def _each_half(problem, sums, codes, edges, expert, row0, rows, column0, width):
     for side in range(2):
         start = side * half
         if start < width:
+            if is_integer:
+                _to_floats(sums[side], rows)
             _add_bias_and_scale(p, sums[side], half, expert, p.first_gate, row0, rows, column0 + start, width - start)
             h = sums[side].reshape(-1)[: rows * half]
             finish(h, h, p.alpha, p.beta, p.limit, codes)
@@ -125,11 +127,22 @@ def _each_half(problem, sums, codes, edges, expert, row0, rows, column0, width):
 def _both_halves(problem, sums, codes, edges, expert, row0, rows, column0, width):
     """With a gate: one output for each pair of columns."""
     p = problem
+    if is_integer:
+        _to_floats(sums[0], rows)
+        _to_floats(sums[1], rows)
     _add_bias_and_scale(p, sums[0], half, expert, p.first_gate, row0, rows, column0, width)
     _add_bias_and_scale(p, sums[1], half, expert, p.first_up, row0, rows, column0, width)
     gate, up = sums[0].reshape(-1)[: rows * half], sums[1].reshape(-1)[: rows * half]
     finish(gate, up, p.alpha, p.beta, p.limit, codes)
     _copy_rows(codes, half, p.out, row0, rows, column0, width)
+
+
+@jit(inline=True)
+def _to_floats(sums, rows):
+    line = sums.reshape(-1)[: rows * sums.shape[1]]
+    whole = line.view(np.int32)
+    for i in range(line.size):
+        line[i] = np.float32(whole[i])
 
 
 def _store(sums, unused, alpha, beta, limit, codes):

@@ -32,18 +32,21 @@ def problem(rng, activation, dtype, has_all, half):
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("activation", ["", "silu", "swigluoai"])
-def test_the_bits_are_those_of_single_numbers(monkeypatch, activation, dtype, lanes):
+@pytest.mark.parametrize("is_integer", [False, True])
+def test_the_bits_are_those_of_single_numbers(monkeypatch, is_integer, activation, dtype, lanes):
     if not _vector_epilogue.can_store(activation, dtype):
         pytest.skip("no conversion to float16 here")
     half = HALF[lanes]
-    fast = epilogue.epilogue(activation, dtype, half, lanes)
+    fast = epilogue.epilogue(activation, dtype, half, lanes, is_integer)
     monkeypatch.setattr(_vector_epilogue, "can_store", lambda activation, dtype: False)
-    slow = epilogue.epilogue.__wrapped__(activation, dtype, half, lanes)
+    slow = epilogue.epilogue.__wrapped__(activation, dtype, half, lanes, is_integer)
     width = half if activation else 2 * half
     for has_all in (False, True):
         rng = np.random.default_rng(1)
         sums = 4 * rng.standard_normal((2, ROWS, half), np.float32)
         sums.reshape(-1)[:8] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 3e38, -100]
+        if is_integer:
+            sums.view(np.int32)[...] = rng.integers(-(2**31), 2**31, sums.shape) >> rng.integers(0, 31, sums.shape)
         results = []
         for finish in (fast, slow):
             p = problem(np.random.default_rng(2), activation, dtype, has_all, half)
