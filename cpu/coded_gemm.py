@@ -130,7 +130,8 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
     """
     ``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile.
 
-    Integers without groups leave the bits of int32. For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first.
+    For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first. Integers without groups leave the
+    bits of int32.
     """
     a = row_block.ctypes.data
     stride = k_padded * (1 if is_integer else row_block.itemsize)

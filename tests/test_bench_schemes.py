@@ -79,13 +79,19 @@ def test_a_scheme_says_what_it_is_named():
 
 def test_int8_products_have_a_ceiling_that_says_where_it_is_from(monkeypatch):
     asked = []
-    monkeypatch.setattr(ceilings, "stream_read", lambda num_bytes: (10.0, num_bytes))
+    monkeypatch.setattr(ceilings, "stream_read", lambda num_bytes, budget_s: (10.0, num_bytes))
     if coded_panels.multiplies_integers():
         limits = ceilings.measure("int8", 400 << 20)
         assert limits.peak_kernel == "avx512vnni" and limits.peak_gflops > 1.2 * ceilings.matmul_peak("float32")[0]
-    monkeypatch.setattr(ceilings, "matmul_peak", lambda dtype: asked.append(dtype) or (100.0, "tile"))
+    monkeypatch.setattr(ceilings, "matmul_peak", lambda dtype, budget_s: asked.append(dtype) or (100.0, "tile"))
     monkeypatch.setattr(coded_panels, "multiplies_integers", lambda: False)
     limits = ceilings.measure("int8", 400 << 20)
     assert (limits.peak_gflops, limits.peak_kernel, asked) == (100.0, "tile of bfloat16", ["bfloat16"])
     limits = ceilings.measure("float32", 400 << 20)
     assert (limits.peak_gflops, limits.peak_kernel, asked[1:]) == (100.0, "tile", ["float32"])
+
+
+def test_limits_around_a_case_are_the_mean_of_two_looks():
+    first = ceilings.Ceilings(10.0, 1 << 20, 100.0, "tile", 2)
+    second = ceilings.Ceilings(30.0, 1 << 20, 80.0, "tile", 2)
+    assert first.mean(second) == ceilings.Ceilings(20.0, 1 << 20, 90.0, "tile", 2)

@@ -37,7 +37,7 @@ def readme_script():
 def quick(monkeypatch):
     """Make the parts of the suite that take long short."""
 
-    def measure(products, available_bytes=None):
+    def measure(products, available_bytes=None, budget_s=None):
         return ceilings.Ceilings(10.0, 1 << 20, 100.0, f"named here, {products}", 2)
 
     monkeypatch.setattr(ceilings, "measure", measure)

@@ -26,7 +26,7 @@ T, E, H, I, K = 7, 4, 32, 48, 2
 def limits(monkeypatch):
     """Fixed machine ceilings, so that no test waits for a measurement."""
     fixed = ceilings.Ceilings(10.0, 1 << 20, 100.0, "avx", 2)
-    monkeypatch.setattr(ceilings, "measure", lambda products, available_bytes=None: fixed)
+    monkeypatch.setattr(ceilings, "measure", lambda products, *_: fixed)
     monkeypatch.setattr(cpu_contenders, "PEERS", ())
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     return fixed

@@ -3,13 +3,14 @@ What the machine can do at most, measured in the same run as the numbers that ar
 
     stream   bytes per second of reading memory that no cache holds
     peak     operations per second of the matrix micro-kernels with their operands in the nearest caches
-    floor    of a problem = max(bytes / stream, operations / peak): no method can be faster
+    floor    of a problem = max(bytes / stream, operations / peak): no method can be faster, as long as these hold
 """
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,26 @@ class Ceilings:
         """Seconds below which a problem of so many bytes and operations cannot go."""
         return max(num_bytes / self.stream_gbs, flops / self.peak_gflops) * 1e-9
 
+    def mean(self, other: "Ceilings") -> "Ceilings":
+        """Limits between those of two measurements of one kernel."""
+        stream, peak = (self.stream_gbs + other.stream_gbs) / 2, (self.peak_gflops + other.peak_gflops) / 2
+        return replace(self, stream_gbs=stream, peak_gflops=peak)
+
     def bound(self, num_bytes: int, flops: int) -> str:
         """Which of the two limits holds: "memory" or "compute"."""
         return "memory" if num_bytes / self.stream_gbs >= flops / self.peak_gflops else "compute"
 
 
-def measure(products: str, available_bytes: int | None = None) -> Ceilings:
+def measure(products: str, available_bytes: int | None = None, budget_s: float = 1.2) -> Ceilings:
     """
-    Measure both limits of this machine's CPU for products of a dtype or "int8"; takes about two seconds.
+    Measure both limits of this machine's CPU for products of a dtype or "int8", in about `budget_s`.
 
     The streamed array takes at most a quarter of `available_bytes` and is freed at once.
     """
     import numba
 
-    stream, num_bytes = stream_read(stream_bytes(available_bytes))
-    peak, kernel = int8_peak() if products == "int8" else matmul_peak(products)
+    stream, num_bytes = stream_read(stream_bytes(available_bytes), budget_s / 2)
+    peak, kernel = int8_peak(budget_s / 2) if products == "int8" else matmul_peak(products, budget_s / 2)
     return Ceilings(stream, num_bytes, peak, kernel, numba.get_num_threads())
 
 
@@ -71,13 +77,17 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
-def stream_read(num_bytes: int) -> tuple[float, int]:
-    """GB/s of reading an array of `num_bytes` once, all threads together: best of a few passes; and its size."""
+def stream_read(num_bytes: int, budget_s: float = 0.6) -> tuple[float, int]:
+    """
+    GB/s of reading an array of `num_bytes` once, all threads together, median of a few passes; and its size.
+
+    Not the best of them: on shared machines the rate depends on what others read, and changes within seconds.
+    """
     total = np.ones(max(1, num_bytes // 8), np.uint64)  # ones are written, so that every page is really there
     sums = _stream_loop()
     sums(total[:64])
-    best = _best(lambda: sums(total), 0.8)
-    return total.nbytes / best * 1e-9, total.nbytes
+    usual = statistics.median(_times(lambda: sums(total), budget_s))
+    return total.nbytes / usual * 1e-9, total.nbytes
 
 
 def run_parallel_loop() -> None:
@@ -85,31 +95,32 @@ def run_parallel_loop() -> None:
     _stream_loop()(np.ones(64, np.uint64))
 
 
-def matmul_peak(dtype: str) -> tuple[float, str]:
+def matmul_peak(dtype: str, budget_s: float = 0.6) -> tuple[float, str]:
     """GFLOP/s of the micro-kernel that serves `dtype` here, all threads together; and the kernel's name."""
     from cumoe.cpu import microkernel
 
     kernel = microkernel.choose(dtype)
     groups = kernel.max_rows // kernel.row_group
     row_bytes, flops = groups * kernel.row_step_bytes, 2 * kernel.max_rows * kernel.columns * kernel.k_step
-    return _peak(_peak_loop(kernel), groups, row_bytes, kernel.panel_step_bytes, flops), kernel.name
+    return _peak(_peak_loop(kernel), groups, row_bytes, kernel.panel_step_bytes, flops, budget_s), kernel.name
 
 
-def int8_peak() -> tuple[float, str]:
+def int8_peak(budget_s: float = 0.6) -> tuple[float, str]:
     """Peak of int8 products; where they are multiplied as bfloat16, that of these, and named so."""
     from cumoe.cpu import _vector_tile, coded_panels, microkernel
 
     kernel, layout = microkernel.choose("bfloat16"), coded_panels.Layout("bytes", "", False, 0, 1)
     if not coded_panels.multiplies_integers():
-        gflops, name = matmul_peak("bfloat16")
+        gflops, name = matmul_peak("bfloat16", budget_s)
         return gflops, f"{name} of bfloat16"
     tile = layout.tile(True)
     kernel = kernel._replace(tile=_vector_tile.emit(tile), max_rows=tile.max_rows, row_group=1)
     flops = 2 * tile.max_rows * coded_panels.COLUMNS * layout.step
-    return _peak(_peak_loop(kernel), tile.max_rows, 4 * tile.max_rows, layout.step_bytes, flops), "avx512vnni"
+    gflops = _peak(_peak_loop(kernel), tile.max_rows, 4 * tile.max_rows, layout.step_bytes, flops, budget_s)
+    return gflops, "avx512vnni"
 
 
-def _peak(loop: Any, row_groups: int, row_bytes: int, panel_bytes: int, flops: int) -> float:
+def _peak(loop: Any, row_groups: int, row_bytes: int, panel_bytes: int, flops: int, budget_s: float) -> float:
     """GFLOP/s of a kernel, of which a step reads so many bytes of all rows and of the panel; all threads together."""
     import numba
 
@@ -126,18 +137,18 @@ def _peak(loop: Any, row_groups: int, row_bytes: int, panel_bytes: int, flops: i
         repeats = max(1, _RUN_FLOPS // (steps * flops))
         run = functools.partial(loop, rows, steps * row_bytes // row_groups, panels, steps, sums, repeats)
         run()
-        gflops.append(threads * repeats * steps * flops / _best(run, 0.15) * 1e-9)
+        gflops.append(threads * repeats * steps * flops / min(_times(run, budget_s / len(_OPERAND_BYTES))) * 1e-9)
     return max(gflops)
 
 
-def _best(run: Callable[[], object], budget_s: float) -> float:
-    """Seconds of the fastest of at least three runs: a ceiling is what the machine does undisturbed."""
+def _times(run: Callable[[], object], budget_s: float) -> list[float]:
+    """Seconds of each of at least three runs."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < budget_s:
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return min(times)
+    return times
 
 
 @functools.cache
