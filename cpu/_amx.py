@@ -33,7 +33,7 @@ def permitted() -> bool:
 
 @intrinsic
 def tile(
-    typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines, scales, group_steps, offsets,
+    typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps, offsets,
     offsets_stride,
 ):  # fmt: skip
     """Up to 16 rows (one row group) or 32 (two groups, `a_stride` bytes apart) times a panel of 32 columns."""
@@ -79,7 +79,7 @@ def _emit(
     half: ir.Value,
     accumulate: ir.Value,
     ahead: ir.Value,
-    lines: ir.Value,
+    asked: ir.Value,
 ) -> None:
     groups = range(len(group_rows))
     _configure(builder, group_rows)
@@ -101,7 +101,7 @@ def _emit(
     step.add_incoming(constant(0), before)
     panel_step = builder.add(panel, builder.mul(step, constant(2 * _PANEL_BLOCK)))
     row_step = builder.add(a, builder.mul(step, constant(_GROUP_STEP)))
-    _ir.prefetch_step(builder, ahead, step, lines, 32)
+    _ir.prefetch_step(builder, ahead, step, asked, 32)
     for h in (0, 1):
         _load(builder, _WEIGHTS[h], builder.add(panel_step, constant(_PANEL_BLOCK * h)), constant(64))
     for g in groups:

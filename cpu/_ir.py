@@ -8,13 +8,13 @@ from numba.core import cgutils
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
-# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines, scales, group_steps,
+# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps,
 # offsets, offsets_stride). `a`, `panel`, `sums` and `ahead` are addresses, `a_stride` and `half` (from the gate sums to
-# the up sums) are bytes; `accumulate` != 0 goes on from `sums`. While it multiplies, step s asks for `lines` cache
-# lines from ``ahead + 64 * s * lines`` on, so that the next weights travel meanwhile. Of kernels whose weights have
-# scales along K, `scales` is the address of those of the first group of `group_steps` steps, columns side by side. Of
-# kernels in integers, `offsets` is the address of the int32 that the sums of the first row begin with, a group after
-# the other; the next row's are `offsets_stride` bytes further on. Others take zeros.
+# the up sums) are bytes; `accumulate` != 0 goes on from `sums`. While it multiplies, step s asks for the cache
+# lines of the `asked` bytes from ``ahead + s * asked`` on, so that the next weights travel meanwhile. Of kernels whose
+# weights have scales along K, `scales` is the address of those of the first group of `group_steps` steps, columns side
+# by side. Of kernels in integers, `offsets` is the address of the int32 that the sums of the first row begin with, a
+# group after the other; the next row's are `offsets_stride` bytes further on. Others take zeros.
 TILE_ARGUMENTS = types.void(*[types.int64] * 14)
 
 
@@ -70,12 +70,13 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
     return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
-def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, lines: ir.Value, most: int) -> None:
+def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, asked: ir.Value, most: int) -> None:
     """Ask for the cache lines of this step, `most` at most, for L2; an address without memory does no harm."""
-    first = builder.add(ahead, builder.mul(builder.mul(step, lines), constant(64)))
-    _prefetch(builder, first)  # without lines: one that is there
+    first = builder.add(ahead, builder.mul(step, asked))
+    _prefetch(builder, first)  # of no bytes: a line that is there
     if most > 1:
-        with cgutils.for_range(builder, builder.sub(lines, constant(1))) as line:
+        more = builder.ashr(builder.sub(asked, constant(1)), constant(6))
+        with cgutils.for_range(builder, more) as line:
             _prefetch(builder, builder.add(first, builder.mul(builder.add(line.index, constant(1)), constant(64))))
 
 

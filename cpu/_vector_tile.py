@@ -73,7 +73,7 @@ class Operands(NamedTuple):
     half: ir.Value
     accumulate: ir.Value
     ahead: ir.Value
-    lines: ir.Value
+    asked: ir.Value
     scales: ir.Value
     group_steps: ir.Value
     offsets: ir.Value  # of rows and groups: what sums of integers begin with, or the factors
@@ -85,7 +85,7 @@ def emit(tile: Tile) -> Any:
 
     @intrinsic
     def run(
-        typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, lines, scales, group_steps,
+        typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps,
         offsets, offsets_stride,
     ):  # fmt: skip
         def codegen(context, builder, signature, arguments):
@@ -200,7 +200,7 @@ def _sum_over(
     step.add_incoming(first, before)
     acc = [[builder.phi(value.type) for value in row] for row in start]
     new = [list(row) for row in acc]
-    _ir.prefetch_step(builder, p.ahead, step, p.lines, tile.step_bytes // 64)
+    _ir.prefetch_step(builder, p.ahead, step, p.asked, tile.step_bytes // 64)
     address = builder.add(p.panel, builder.mul(step, constant(tile.step_bytes)))
     row_offset = builder.mul(step, constant(4 * tile.row_words))
     for part, weights in enumerate(_weights(builder, tile, address, origins)):

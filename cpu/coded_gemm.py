@@ -144,7 +144,7 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
     from_memory = spreads and blocks > few_blocks
     if from_memory:
         blocks = (rows + max_rows_of_pairs - 1) // max_rows_of_pairs
-    lines = (step_bytes // 64 + blocks - 1) // blocks
+    share = (step_bytes + blocks - 1) // blocks
     piece_steps = steps if blocks == 1 else pass_steps
     for first in range(0, steps, piece_steps):
         count = min(piece_steps, steps - first)
@@ -157,9 +157,9 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
         for block in range(blocks):
             block_rows = rows // blocks + (1 if block < rows % blocks else 0)
             ahead, asked = piece, 0
-            if more and block * lines * 64 < step_bytes:
-                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
-                asked = lines
+            if more:
+                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * share)
+                asked = share
             row = a + first_row * stride + first * row_step_bytes
             target = sums.ctypes.data + first_row * sums.shape[2] * 4
             start = starts + (first_row * groups + first_group) * 4

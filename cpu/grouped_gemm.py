@@ -232,7 +232,7 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
     step_bytes = panel_bytes // steps
     group_bytes = row_group * k_padded * row_block.itemsize
     blocks = (rows + max_rows - 1) // max_rows
-    lines = (step_bytes // 64 + blocks - 1) // blocks
+    share = (step_bytes + blocks - 1) // blocks
     if blocks == 1:  # no block comes back to the piece: read it in one go
         steps_per_pass = steps
     for step in range(0, steps, steps_per_pass):
@@ -245,10 +245,10 @@ def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pas
             else:
                 block_rows = min(max_rows, rows - first_row)
             ahead, asked = piece, 0  # the piece is in the cache: asking for it costs nothing
-            if more and (blocks == 1 or (fetches_next and block * lines * 64 < step_bytes)):
+            if more and (blocks == 1 or fetches_next):
                 # one block of rows reads this piece as it comes from memory; several leave time to fetch the next
-                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * lines * 64)
-                asked = lines
+                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * share)
+                asked = share
             tile(
                 block_rows,
                 row_block.ctypes.data + first_row // row_group * group_bytes + step * (group_bytes // steps),
