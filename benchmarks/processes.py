@@ -6,8 +6,8 @@ Usage: python benchmarks/processes.py [--repeats N] [--shapes small qwen3-30b-a3
 Each row is a process of its own, or the median of several. First results are those of a layer of shape `tiny` for one
 dtype, from the start of the interpreter to the output, with NumPy's import in it. Calls are of T = 64 and 256 tokens on
 prepared weights. Four callers do as many calls together as one does alone, after torch and OpenBLAS have used all
-threads. Instruction sets: a layer of float32 where the weights of an expert are one large matrix, against OpenBLAS with
-all of the host's instructions, on a product of the size of the first of its own.
+threads. Instruction sets: 1024 tokens and one expert of `mixtral` in float32, against OpenBLAS with all of the host's
+instructions, on a product of the size of the first of its own.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cumoe.bench import results, schemes, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("small", "qwen3-30b-a3b")
+LARGE = "mixtral"
 TOKENS = (64, 256)
 CALLERS = 4
 TARGETS = {
@@ -74,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, value in measured("callers", shape, scheme).items():
                 say(f"{CALLERS} callers' calls a second over one caller's, {name}", shape, scheme, value, "ratio")
     for name, environment in TARGETS.items():
-        for what, value in measured("sgemm", "small", "float32", environment).items():
-            say(f"{what}, instructions of {name}", "one expert", "float32", value, "ratio")
+        for what, value in measured("sgemm", LARGE, "float32", environment).items():
+            say(f"{what}, instructions of {name}", f"one expert of {LARGE}", "float32", value, "ratio")
     path = results.default_path(options.output, facts)
     results.write(path, facts, rows)
     print(f"wrote {path}")
@@ -144,11 +146,12 @@ def together(call: Callable[[], Any], name: str) -> float:
 
 
 def sgemm(shape: shapes.Shape, scheme: str) -> dict[str, float]:
-    """Operations a second of a layer of one large expert, over those of OpenBLAS on a product as large."""
-    large = shapes.Shape("", 1, 1, 2048, 2048)
+    """Operations a second of a layer of one expert of the shape, over those of OpenBLAS on a product as large."""
+    large = replace(shape, num_experts=1, top_k=1)
     call = calls(large, scheme, (1024,))["T = 1024"]
     rng = np.random.default_rng(0)
-    x, w = (rng.standard_normal(size, dtype=np.float32) for size in ((1024, 2048), (2048, 4096)))
+    sizes = (1024, shape.hidden_size), (shape.hidden_size, 2 * shape.intermediate_size)
+    x, w = (rng.standard_normal(size, dtype=np.float32) for size in sizes)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(7):
         times[0].append(timed(call) / large.flops(1024))

@@ -70,4 +70,4 @@ def test_the_file_and_the_table_hold_every_row(processes, tmp_path, monkeypatch)
     text = readme.read_text()
     assert path.name in text and facts["commit"] in text
     assert "| first result, warm cache | tiny | 2.000 s | 2.000 s | 2.000 s |" in text
-    assert "| layer, instructions of haswell | one expert |  | 0.750 |  |" in text
+    assert "| layer, instructions of haswell | one expert of mixtral |  | 0.750 |  |" in text
