@@ -17,7 +17,7 @@ from cumoe.cpu._jit import jit
 _THREADS = 2
 _MANY_PRODUCTS = 1 << 21  # take longer than to move a thread
 _ASLEEP_S = 0.0005  # after so long without a call threads are asleep
-_ended = [0.0]  # when the last parallel region did
+_ended = [0.0]  # when the last product or recorded call of several threads did
 
 
 def are_asleep():

@@ -1,8 +1,8 @@
 """
-What happens to a tile of float32 sums, emitted for the vector registers of a micro-kernel: see `epilogue.py`.
+What happens to a tile of sums, emitted for the vector registers of a micro-kernel: see `epilogue.py`.
 
-A row of a tile stays in registers from its sums to its result. The numbers are those of the loops in `act.py` and
-`elementary.py`, operation by operation, so that the bits are the same.
+A row of a tile stays in registers from its sums to its result. The operations are those of the loops in `act.py` and
+`elementary.py`, or round as they do, so that the bits are the same.
 """
 
 from typing import Any, NamedTuple

@@ -1,5 +1,5 @@
 """
-What happens to a tile of float32 sums: factors of quantised operands, bias, router weight, rounding, activation, store.
+What happens to a tile of sums: factors of quantised operands, bias, router weight, rounding, activation, store.
 
 The order is the reference's: ``h = (sum * (row factor * column factor) + bias) * scale``, rounded to the dtype of the
 activations, then the activation, rounded again. The sums of a panel are in the cache, the gate half and the up half

@@ -115,7 +115,8 @@ def grouped_gemm(
         worker = coded_gemm.worker(made, kern, dtype, activation, "" if packed else f.rule)
     else:
         worker = _worker(kern, dtype, activation, decoded_panel.names(f))
-    _tasks.run(worker, problem, expert_first_token_offset, most_rows, kern.row_group, panels, parts)
+    offsets, products = expert_first_token_offset, k_padded * kern.columns
+    _tasks.run(worker, problem, offsets, most_rows, kern.row_group, panels, products, parts)
 
 
 def expands(num_pairs, num_experts):

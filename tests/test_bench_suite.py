@@ -52,6 +52,24 @@ def run_suite(folder, console=None, **options):
     return cpu.run(console or quiet(), output=folder, **options)
 
 
+def test_limits_of_a_case_are_the_mean_of_those_before_and_after_it(quick, tmp_path, monkeypatch):
+    seen = []
+
+    def measure(products, available_bytes=None, budget_s=None):
+        seen.append(budget_s)
+        return ceilings.Ceilings(float(2 ** len(seen)), 1 << 20, 10.0 * 2 ** len(seen), "tile", 2)
+
+    monkeypatch.setattr(ceilings, "measure", measure)
+    _, rows = results.read(run_suite(tmp_path, num_tokens=[1, 20]))
+    found = {(row["T"], row["mode"]): (row["stream_gbs"], row["peak_gflops"]) for row in rows}
+    assert len(seen) == 1 + 2 * 3 and seen[0] is None
+    assert found == {
+        ("1", "gaps"): ("6.00", "60.0"),
+        ("1", "back-to-back"): ("24.00", "240.0"),
+        ("20", "gaps"): ("96.00", "960.0"),
+    }
+
+
 def test_the_suite_writes_every_case(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_contenders, "PEERS", EVERYONE)
     console = quiet()

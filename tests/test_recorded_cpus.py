@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 
+import numba
 import numpy as np
 import pytest
 from strategies import make_problem
-from test_recorded import call, prepare, recorded
+from test_recorded import GENERAL, call, prepare, recorded
 
-from cumoe.cpu import _intrinsics
+from cumoe.cpu import _cpus, _intrinsics, _tasks
 from cumoe.cpu._jit import jit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no name for it")
@@ -65,3 +66,24 @@ def test_calls_leave_the_cpus_of_every_thread_as_they_were():
     assert {task: after[task] for task in before.keys() & after.keys()} == {
         task: before[task] for task in before.keys() & after.keys()
     }
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_threads_of_a_product_of_its_own_find_cpus_after_a_pause_only(monkeypatch, asleep):
+    seen = []
+    run = _tasks._all_workers
+
+    def all_workers(worker, problem, tasks, counters, together, *scratch):
+        seen.append((len(scratch[0]), together))
+        run(worker, problem, tasks, counters, together, *scratch)
+
+    monkeypatch.setattr(_tasks, "_all_workers", all_workers)
+    monkeypatch.setattr(_cpus, "_THREADS", numba.get_num_threads())
+    monkeypatch.setattr(_cpus, "_ASLEEP_S", 0.5)
+    problem = make_problem(64, 4, 8, 256, 192, "bfloat16")
+    prepared = prepare(problem)
+    for _ in range(2):
+        _cpus._ended[0] = time.monotonic() - (1 if asleep else 0)
+        call(problem, prepared, **GENERAL)
+    expected = [asleep, False] * 2  # the second product of a call finds them awake
+    assert [together for _, together in seen] == (expected if seen[0][0] > 1 else [False] * 4)

@@ -3,7 +3,9 @@ What the machine can do at most, measured in the same run as the numbers that ar
 
     stream   bytes per second of reading memory that no cache holds
     peak     operations per second of the matrix micro-kernels with their operands in the nearest caches
-    floor    of a problem = max(bytes / stream, operations / peak): no method can be faster, as long as these hold
+    floor    of a problem = max(bytes / stream, operations / peak): no method is faster for long
+
+The stream is the usual rate of a moment, not the best, so a single call may go below its floor.
 """
 
 import functools
@@ -35,7 +37,7 @@ class Ceilings:
     threads: int
 
     def floor_s(self, num_bytes: int, flops: int) -> float:
-        """Seconds below which a problem of so many bytes and operations cannot go."""
+        """Seconds of a problem of so many bytes and operations at these limits."""
         return max(num_bytes / self.stream_gbs, flops / self.peak_gflops) * 1e-9
 
     def mean(self, other: "Ceilings") -> "Ceilings":
@@ -52,7 +54,7 @@ def measure(products: str, available_bytes: int | None = None, budget_s: float =
     """
     Measure both limits of this machine's CPU for products of a dtype or "int8", in about `budget_s`.
 
-    The streamed array takes at most a quarter of `available_bytes` and is freed at once.
+    The streamed array takes at most a quarter of `available_bytes` and is freed at once; to fill it takes longer.
     """
     import numba
 
@@ -107,17 +109,27 @@ def matmul_peak(dtype: str, budget_s: float = 0.6) -> tuple[float, str]:
 
 def int8_peak(budget_s: float = 0.6) -> tuple[float, str]:
     """Peak of int8 products; where they are multiplied as bfloat16, that of these, and named so."""
-    from cumoe.cpu import _vector_tile, coded_panels, microkernel
+    from cumoe.cpu import coded_panels
 
-    kernel, layout = microkernel.choose("bfloat16"), coded_panels.Layout("bytes", "", False, 0, 1)
     if not coded_panels.multiplies_integers():
         gflops, name = matmul_peak("bfloat16", budget_s)
         return gflops, f"{name} of bfloat16"
-    tile = layout.tile(True)
-    kernel = kernel._replace(tile=_vector_tile.emit(tile), max_rows=tile.max_rows, row_group=1)
-    flops = 2 * tile.max_rows * coded_panels.COLUMNS * layout.step
-    gflops = _peak(_peak_loop(kernel), tile.max_rows, 4 * tile.max_rows, layout.step_bytes, flops, budget_s)
+    kernel, step, step_bytes = _int8_kernel()
+    flops = 2 * kernel.max_rows * coded_panels.COLUMNS * step
+    gflops = _peak(_peak_loop(kernel), kernel.max_rows, 4 * kernel.max_rows, step_bytes, flops, budget_s)
     return gflops, "avx512vnni"
+
+
+@functools.cache
+def _int8_kernel() -> tuple[Any, int, int]:
+    """The micro-kernel of int8 products, K of a step of it, and bytes of a panel; one, so that its loop is kept."""
+    from cumoe.cpu import _vector_tile, coded_panels, microkernel
+
+    layout = coded_panels.Layout("bytes", "", False, 0, 1)
+    tile = layout.tile(True)
+    kernel = microkernel.choose("bfloat16")
+    kernel = kernel._replace(tile=_vector_tile.emit(tile), max_rows=tile.max_rows, row_group=1)
+    return kernel, layout.step, layout.step_bytes
 
 
 def _peak(loop: Any, row_groups: int, row_bytes: int, panel_bytes: int, flops: int, budget_s: float) -> float:
