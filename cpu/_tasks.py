@@ -12,7 +12,7 @@ _PER_THREAD = 16  # evens out what the threads do
 _FEW_PER_THREAD = 8  # of few rows: what it costs to begin a task counts
 _FEW_ROWS = 64  # of a task that is recorded
 _LAST_PARTS = 4  # the last blocks of rows are cut finer, so that the threads end together
-_LAST_PRODUCTS = 1 << 18  # of such a part: it takes much longer than to begin it, as do two panels than a gather
+_LAST_PRODUCTS = 1 << 20  # of such a part: it takes much longer than to begin it, as do two panels than a gather
 
 
 def run(worker, problem, offsets, most_rows, row_group, panels, panel_products, parts):
