@@ -91,7 +91,7 @@ def test_int8_products_have_a_ceiling_that_says_where_it_is_from(monkeypatch):
     assert (limits.peak_gflops, limits.peak_kernel, asked[1:]) == (100.0, "tile", ["float32"])
 
 
-def test_limits_around_a_case_are_the_mean_of_two_looks():
+def test_limits_around_a_case_are_the_mean_rate_and_the_higher_peak():
     first = ceilings.Ceilings(10.0, 1 << 20, 100.0, "tile", 2)
     second = ceilings.Ceilings(30.0, 1 << 20, 80.0, "tile", 2)
-    assert first.mean(second) == ceilings.Ceilings(20.0, 1 << 20, 90.0, "tile", 2)
+    assert first.around(second) == second.around(first) == ceilings.Ceilings(20.0, 1 << 20, 100.0, "tile", 2)

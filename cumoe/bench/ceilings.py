@@ -40,9 +40,9 @@ class Ceilings:
         """Seconds of a problem of so many bytes and operations at these limits."""
         return max(num_bytes / self.stream_gbs, flops / self.peak_gflops) * 1e-9
 
-    def mean(self, other: "Ceilings") -> "Ceilings":
-        """Limits between those of two measurements of one kernel."""
-        stream, peak = (self.stream_gbs + other.stream_gbs) / 2, (self.peak_gflops + other.peak_gflops) / 2
+    def around(self, after: "Ceilings") -> "Ceilings":
+        """Limits of the time between two looks: the rate of reading between theirs, the peak that either saw."""
+        stream, peak = (self.stream_gbs + after.stream_gbs) / 2, max(self.peak_gflops, after.peak_gflops)
         return replace(self, stream_gbs=stream, peak_gflops=peak)
 
     def bound(self, num_bytes: int, flops: int) -> str:

@@ -104,7 +104,7 @@ def _run_block(
                     after = ceilings.measure(scheme.products, _info.available_memory(), _LOOK_S)
                 case = cpu_tables.Case(shape, scheme, routing, num_tokens, mode)
                 ids = [topk_ids for _, topk_ids in routed]
-                block += cpu_tables.rows(case, ids, times, errors, before.mean(after))
+                block += cpu_tables.rows(case, ids, times, errors, before.around(after))
         yield block
 
 
