@@ -20,6 +20,7 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache, dumps
+from numba.core.registry import CPUDispatcher
 
 from cumoe.cpu import _threads
 
@@ -77,13 +78,24 @@ class _Cache(FunctionCache):
         self._cache_file = _CacheFile(self._cache_path, self._impl.filename_base)
 
 
-def jit(parallel: bool = False, inline: bool = False, **constants: Any) -> Callable[[Callable[..., Any]], Any]:
+class _Inner(CPUDispatcher):
+    """A function that has no entry for Python."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError(f"{self.__name__} can be called by compiled code only")
+
+
+def jit(
+    parallel: bool = False, inline: bool = False, inner: bool = False, **constants: Any
+) -> Callable[[Callable[..., Any]], Any]:
     """
     Compile a loop: GIL released, NumPy's error model, no fast-math, cached on disk.
 
     `inline` puts a function of numbers into every loop that calls it, however large: a call would keep
-    the loop from becoming vector code. `constants` are globals of the compiled function, so that one
-    template serves several kernels; their names become part of the function's name.
+    the loop from becoming vector code. `inner` is for what only compiled code calls: code that takes a
+    large tuple of arrays from Python costs more to compile than what is done with it. `constants` are
+    globals of the compiled function, so that one template serves several kernels; their names become
+    part of the function's name.
     """
 
     def wrap(function: Any) -> Any:
@@ -92,11 +104,15 @@ def jit(parallel: bool = False, inline: bool = False, **constants: Any) -> Calla
             special = FunctionType(code, scope, function.__name__, function.__defaults__)
             # the name is part of the cache key and must tell specialisations of specialisations apart
             named = {name: getattr(value, "__qualname__", repr(value)) for name, value in sorted(constants.items())}
-            named["parallel"] = repr(parallel)
+            named |= {"parallel": repr(parallel), "inner": repr(inner)}
             special.__qualname__ = f"{function.__qualname__}-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
             special.__module__ = function.__module__
             function = special
-        dispatcher = numba.njit(parallel=parallel, nogil=True, error_model="numpy", forceinline=inline)(function)
+        entries = {"no_cpython_wrapper": inner, "no_cfunc_wrapper": inner}
+        options = {"parallel": parallel, "nogil": True, "error_model": "numpy", "forceinline": inline, **entries}
+        dispatcher = numba.njit(**options)(function)
+        if inner:
+            dispatcher.__class__ = _Inner  # Numba's own would jump to nowhere
         with contextlib.suppress(RuntimeError):  # no folder can be written: every process compiles for itself
             dispatcher._cache = _Cache(function)
         return dispatcher

@@ -15,13 +15,13 @@ from cumoe.cpu._jit import jit
 @functools.cache
 def whole(frozen):
     """Where the machine code begins that calls a function once, for arguments of the type `frozen`."""
-    return _indirect.address(jit(thaw=_frozen.thaw(frozen))(_whole), 0, 0)
+    return _indirect.address(jit(inner=True, thaw=_frozen.thaw(frozen))(_whole), 0, 0)
 
 
 @functools.cache
 def rows(frozen):
     """The same for a row loop: its words go on with a counter, the rows, and in how many blocks they are taken."""
-    return _indirect.address(jit(thaw=_frozen.thaw(frozen))(_rows), 0, 0)
+    return _indirect.address(jit(inner=True, thaw=_frozen.thaw(frozen))(_rows), 0, 0)
 
 
 # ---- templates; jit(...) gives the names below their values ----

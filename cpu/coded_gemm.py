@@ -46,6 +46,7 @@ def worker(made, kernel, dtype, activation, rule):
     pairs = made.tile_of_pairs(narrow) if made.spreads else tile
     sizes = {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
     multiply = jit(
+        inner=True,
         tile=_vector_tile.emit(tile),
         tile_of_pairs=_vector_tile.emit(pairs),
         spread=_spread.spread(made.kind, made.has_zeros) if made.spreads else _nothing_to_spread,
@@ -59,28 +60,31 @@ def worker(made, kernel, dtype, activation, rule):
         is_integer=made.is_integer,
         **sizes,
     )(_multiply_codes)
-    integers = jit(group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
+    integers = jit(inner=True, group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
     return jit(
+        inner=True,
         multiply=multiply,
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
         pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
-        put_factors=jit(inline=True, group=made.group)(_put_part_factors) if made.in_parts else _no_part_factors,
+        put_factors=jit(inline=True, inner=True, group=made.group)(_put_part_factors)
+        if made.in_parts
+        else _no_part_factors,
         finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes, made.is_integer and not made.group),
         **sizes,
     )(_work_codes)
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _nothing_to_spread(source, steps, target, zeros, group_steps, group_bytes):
     """Codes become numbers on the way, or none at all."""
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _no_part_factors(problem, row_block, room, row0, rows):
     """No row has any."""
 
 
-@jit()
+@jit(inner=True)
 def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
     """Panels that are packed already."""
 

@@ -42,7 +42,7 @@ def names(weight_format):
 def pack_decoded(kernel, dtype, rule, scale_dtype, has_zero_points):
     """The compiled packer of one panel of codes for `kernel`, as numbers of `dtype`."""
     row = formats.decode_row(rule, scale_dtype, has_zero_points, dtype)
-    return jit(row=row, pack_panel=pack.pack_panel(kernel))(_pack_decoded)
+    return jit(inner=True, row=row, pack_panel=pack.pack_panel(kernel))(_pack_decoded)
 
 
 # ---- the template; jit(...) gives the names below their values ----

@@ -28,13 +28,15 @@ def epilogue(activation, dtype, half, lanes, is_integer=False):
     """
     if _vector_epilogue.can_store(activation, dtype):
         store = _vector_epilogue.emit(_vector_epilogue.Store(activation, dtype, lanes, half // lanes, is_integer))
-        return jit(inline=True, finish=store, half=half, gated=bool(activation))(_in_registers)
+        return jit(inline=True, inner=True, finish=store, half=half, gated=bool(activation))(_in_registers)
     load, store = CODECS[dtype]
     if not activation:
-        return jit(finish=jit(store=store)(_store), half=half, is_integer=is_integer)(_each_half)
-    finish = jit(load=load, store=store, activate=act.SCALAR[activation])(_activate)
+        return jit(inner=True, finish=jit(inner=True, store=store)(_store), half=half, is_integer=is_integer)(
+            _each_half
+        )
+    finish = jit(inner=True, load=load, store=store, activate=act.SCALAR[activation])(_activate)
     template = _each_half if activation.endswith("_no_mul") else _both_halves
-    return jit(finish=finish, half=half, is_integer=is_integer)(template)
+    return jit(inner=True, finish=finish, half=half, is_integer=is_integer)(template)
 
 
 def edge_size(rows, columns):
@@ -42,7 +44,7 @@ def edge_size(rows, columns):
     return 2 * (rows + columns)
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def source_row(problem, row):
     """The row of x that a row of the product is."""
     p = problem
@@ -51,7 +53,7 @@ def source_row(problem, row):
     return (np.int64(p.permuted_idx[row]) if p.permuted_idx.size else row) // p.top_k
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def put_rows(problem, edges, room, row0, rows):
     """Factor and scale of each row of a task, 1 for what is not there, to the first ``2 * room`` of `edges`."""
     p = problem
@@ -91,7 +93,7 @@ def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, widt
         _copy_rows(codes, full, p.out, row0, rows, column0, width)
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _put_columns(problem, factors, biases, expert, first, column0):
     """Factor and bias of each column that there is; 1, and -0, which changes no sum, for what is not there."""
     p = problem
@@ -137,7 +139,7 @@ def _both_halves(problem, sums, codes, edges, expert, row0, rows, column0, width
     _copy_rows(codes, half, p.out, row0, rows, column0, width)
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _to_floats(sums, rows):
     line = sums.reshape(-1)[: rows * sums.shape[1]]
     whole = line.view(np.int32)
@@ -155,7 +157,7 @@ def _activate(gate, up, alpha, beta, limit, codes):
         codes[i] = store(activate(load(store(gate[i])), load(store(up[i])), alpha, beta, limit))
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _add_bias_and_scale(problem, sums, half, expert, first, row0, rows, column0, width):
     """``sums[r, j] = (sums[r, j] * factors + bias of output column0 + j) * output_scale[pair of row]``, where given."""
     p = problem
@@ -173,7 +175,7 @@ def _add_bias_and_scale(problem, sums, half, expert, first, row0, rows, column0,
                 sums[r, j] *= scale
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _multiply_by_factors(problem, sums, half, expert, first, row0, rows, column0, width):
     """``sums[r, j] *= row_factor[source of row] * column_factor[output column0 + j]``, 1 for what is not there."""
     p = problem
@@ -190,7 +192,7 @@ def _multiply_by_factors(problem, sums, half, expert, first, row0, rows, column0
                 sums[r, j] *= factor
 
 
-@jit(inline=True)
+@jit(inline=True, inner=True)
 def _copy_rows(codes, half, out, row0, rows, column0, width):
     for r in range(rows):
         target = out[row0 + r]

@@ -185,6 +185,7 @@ _NO_PANELS = {size: np.empty((0, 0, 0, 0, 0), dtype) for size, dtype in ((4, "fl
 def _worker(kernel, dtype, activation, coded):
     """The compiled loop of one thread over tasks; `coded` is `decoded_panel.names`."""
     multiply = jit(
+        inner=True,
         tile=kernel.tile,
         max_rows=kernel.max_rows,
         row_group=kernel.row_group,
@@ -193,6 +194,7 @@ def _worker(kernel, dtype, activation, coded):
         fetches_next=kernel.fetches_next,
     )(_multiply_panel)
     return jit(
+        inner=True,
         multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
         pack_panel=decoded_panel.pack_decoded(kernel, dtype, *coded) if coded else _pack_plain(kernel),
@@ -203,10 +205,10 @@ def _worker(kernel, dtype, activation, coded):
 
 @functools.cache
 def _pack_plain(kernel):
-    return jit(pack_one=pack.pack_panel(kernel))(_pack_plain_panel)
+    return jit(inner=True, pack_one=pack.pack_panel(kernel))(_pack_plain_panel)
 
 
-@jit()
+@jit(inner=True)
 def _nothing():
     """The other kernels hold nothing to release."""
 

@@ -106,7 +106,7 @@ def pack_rows(kernel, dtype):
     load, store = CODECS[dtype]
     as_row = CODECS["float32"][0] if kernel.row_dtype == dtype else load
     template = _pack_rows if kernel.row_group == 1 else _pack_row_groups
-    return jit(load=load, store=store, as_row=as_row)(template)
+    return jit(inner=True, load=load, store=store, as_row=as_row)(template)
 
 
 @jit()

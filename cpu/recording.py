@@ -119,7 +119,7 @@ def _begin(words, sizes, memory, given):
     return np.int64(block.ctypes.data)
 
 
-@jit()
+@jit(inner=True)
 def _conduct(block, thread):
     """What each thread does."""
     word = _intrinsics.word

@@ -94,7 +94,8 @@ def _run(flat, row_stride, column_stride, num_rows, weights, rows, out, dtype, k
 @functools.cache
 def _inner_loops(dtype, weighted):
     load, store = bits.CODECS[dtype]
-    add_row, store_row = jit(LOAD=load, WEIGHTED=weighted)(_add_row), jit(STORE=store)(_store_row)
+    add_row = jit(inner=True, LOAD=load, WEIGHTED=weighted)(_add_row)
+    store_row = jit(inner=True, STORE=store)(_store_row)
     return {"ADD_ROW": add_row, "STORE_ROW": store_row}
 
 

@@ -1,5 +1,6 @@
 """The benchmarks themselves: what is timed is right, who is compared is fair, what is written is whole."""
 
+import functools
 import gc
 import os
 import time
@@ -84,13 +85,31 @@ def test_weights_have_the_promised_scale_and_report_progress():
 
 def test_every_round_calls_everybody_and_every_other_round_backwards():
     log = []
-    contenders = {name: lambda routing, name=name: log.append((name, routing)) for name in "abc"}
+
+    def run(name, routing):
+        log.append((name, routing))
+        time.sleep(0.002)  # all take as long
+
+    contenders = {name: functools.partial(run, name) for name in "abc"}
     times = timing.compare(contenders, min_rounds=4, max_rounds=4, gap_s=0)
     warm, timed = log[:12], log[12:]
     assert warm == [(name, routing) for name in "abc" for routing in range(4)]
     assert [name for name, _ in timed] == list("abccbaabccba")
     assert [routing for _, routing in timed] == [r for r in range(4) for _ in range(3)]
     assert {name: len(t.samples_us) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_one_that_is_much_slower_joins_every_third_round():
+    log = []
+
+    def run(name, seconds, routing):
+        log.append(name)
+        time.sleep(seconds)
+
+    contenders = {"a": functools.partial(run, "a", 0.004), "b": functools.partial(run, "b", 0.04)}
+    times = timing.compare(contenders, min_rounds=7, max_rounds=7, gap_s=0)
+    assert "".join(log[8:]) == "abaabaaaab", "rounds 0, 3 (backwards) and 6"
+    assert len(times["a"].samples_us) == 7 and len(times["b"].samples_us) == 3
 
 
 def test_a_burst_drops_its_first_call_and_cycles_all_routings():
@@ -103,7 +122,7 @@ def test_a_burst_drops_its_first_call_and_cycles_all_routings():
 
 def test_times_are_those_of_the_calls():
     times = timing.compare(
-        {"slow": lambda routing: time.sleep(0.004), "fast": lambda routing: None}, max_rounds=5, gap_s=0
+        {"slow": lambda routing: time.sleep(0.004), "fast": lambda routing: None}, min_rounds=5, max_rounds=5, gap_s=0
     )
     assert times["slow"].median_us >= 4000
     assert times["fast"].median_us < 500

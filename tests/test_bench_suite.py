@@ -43,7 +43,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(ceilings, "measure", measure)
     monkeypatch.setattr(cpu_contenders, "PEERS", TWO)
     monkeypatch.setattr(timing, "_BURST", 3)
-    monkeypatch.setattr(timing, "compare", functools.partial(timing.compare, gap_s=0.0, max_rounds=5))
+    monkeypatch.setattr(timing, "compare", functools.partial(timing.compare, gap_s=0.0, min_rounds=5, max_rounds=5))
 
 
 def run_suite(folder, console=None, **options):

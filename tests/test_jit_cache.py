@@ -235,3 +235,21 @@ def test_where_nothing_can_be_written_every_process_compiles(package):
 def test_serial_and_parallel_specialisations_do_not_share_entries():
     loops = [jit(parallel=parallel, weight=2)(lambda value: value) for parallel in (False, True)]
     assert len({loop.py_func.__qualname__ for loop in loops}) == 2  # the name is part of the key
+
+
+def test_what_only_compiled_code_calls_has_no_entry_for_python():
+    inner = jit(inner=True)(_twice)
+    with pytest.raises(TypeError, match=r"^_twice can be called by compiled code only$"):
+        inner(2)
+    assert jit(call=inner)(_calls)(2) == 4
+
+
+call = None
+
+
+def _twice(x):
+    return 2 * x
+
+
+def _calls(x):
+    return call(x)

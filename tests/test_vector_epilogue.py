@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cumoe.cpu import _vector_epilogue, epilogue, grouped_gemm, microkernel
+from cumoe.cpu._jit import jit
 
 ROWS, HALF = 13, {4: 8, 8: 8, 16: 32}
 LANES = sorted({microkernel.choose("float32", name).lanes for name in microkernel.names("float32")})
@@ -29,6 +30,14 @@ def problem(rng, activation, dtype, has_all, half):
     return grouped_gemm._Problem(**fields | {"alpha": np.float32(1.7), "beta": np.float32(0.5), "limit": limit})
 
 
+finish = None  # jit(...) gives it a value
+
+
+def finish_rows(p, sums, codes, edges, rows, column0, width):
+    epilogue.put_rows(p, edges, sums.shape[1], 0, rows)
+    finish(p, sums, codes, edges, 1, 0, rows, column0, width)
+
+
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("activation", ["", "silu", "swigluoai"])
@@ -40,6 +49,7 @@ def test_the_bits_are_those_of_single_numbers(monkeypatch, is_integer, activatio
     fast = epilogue.epilogue(activation, dtype, half, lanes, is_integer)
     monkeypatch.setattr(_vector_epilogue, "can_store", lambda activation, dtype: False)
     slow = epilogue.epilogue.__wrapped__(activation, dtype, half, lanes, is_integer)
+    runs = [jit(finish=finish)(finish_rows) for finish in (fast, slow)]
     width = half if activation else 2 * half
     for has_all in (False, True):
         rng = np.random.default_rng(1)
@@ -48,13 +58,12 @@ def test_the_bits_are_those_of_single_numbers(monkeypatch, is_integer, activatio
         if is_integer:
             sums.view(np.int32)[...] = rng.integers(-(2**31), 2**31, sums.shape) >> rng.integers(0, 31, sums.shape)
         results = []
-        for finish in (fast, slow):
+        for run in runs:
             p = problem(np.random.default_rng(2), activation, dtype, has_all, half)
             codes = np.zeros(ROWS * 2 * half, p.out.dtype)
             edges = np.zeros(epilogue.edge_size(ROWS, 2 * half), np.float32)
-            epilogue.put_rows(p, edges, ROWS, 0, ROWS)
-            finish(p, sums.copy(), codes, edges, 1, 0, ROWS, 0, width)
-            finish(p, sums.copy(), codes, edges, 1, 0, ROWS - 2, width, width - 3)  # a panel that is not full
+            run(p, sums.copy(), codes, edges, ROWS, 0, width)
+            run(p, sums.copy(), codes, edges, ROWS - 2, width, width - 3)  # a panel that is not full
             numbers = p.out.view(dtype)
             results.append(np.where(np.isnan(numbers.astype(np.float32)), 1, p.out.view(f"u{p.out.itemsize}")))
         np.testing.assert_array_equal(*results)  # signs of zeros too

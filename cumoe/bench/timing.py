@@ -16,6 +16,7 @@ MODES = ("gaps", "back-to-back")
 ROUTINGS_CYCLED = 4
 
 _GAP_S = 0.010  # long enough for the spinning threads of another library to fall asleep
+_SLOW, _SLOW_ROUNDS = 3.0, 3  # a contender that takes so much longer than the fastest joins one round of so many
 _BURST = 9  # calls of one contender in a row in the back-to-back mode; the first is not counted
 
 
@@ -49,7 +50,7 @@ def compare(
     *,
     mode: str = "gaps",
     budget_s: float = 4.0,
-    min_rounds: int = 5,
+    min_rounds: int = 11,
     max_rounds: int = 31,
     gap_s: float = _GAP_S,
 ) -> dict[str, Timing]:
@@ -59,17 +60,19 @@ def compare(
     In mode "gaps" each round calls every contender once, after a pause of `gap_s`. In mode
     "back-to-back" each round gives every contender a pause and then a burst of calls without one, as
     the layers of a decode step come; the first call of a burst wakes the threads and is not counted.
-    Every contender is first called once per routing, uncounted. The number of rounds follows from
-    `budget_s` (seconds for all contenders together) within `min_rounds` and `max_rounds`.
+    Every contender is first called once per routing, uncounted. One that takes more than three times as
+    long as the fastest joins every third round. The number of rounds follows from `budget_s` (seconds for
+    all contenders together) within `min_rounds` and `max_rounds`.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be {' or '.join(MODES)}, got {mode!r}")
     burst = _BURST if mode == "back-to-back" else 1
-    round_s = 0.0
-    for run in contenders.values():
+    warm = {}
+    for name, run in contenders.items():
         _call(run, 0)
-        warm = [_call(run, routing) for routing in range(1, ROUTINGS_CYCLED)]
-        round_s += gap_s + burst * statistics.median(warm)
+        warm[name] = statistics.median(_call(run, routing) for routing in range(1, ROUTINGS_CYCLED))
+    every = {name: _SLOW_ROUNDS if one > _SLOW * min(warm.values()) else 1 for name, one in warm.items()}
+    round_s = sum((gap_s + burst * one) / every[name] for name, one in warm.items())
     rounds = max(min_rounds, min(max_rounds, int(budget_s / max(round_s, 1e-9))))
 
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -82,6 +85,8 @@ def compare(
         for number in range(rounds):
             # Every other round runs backwards, so that nobody always follows the same one.
             for name in names if number % 2 == 0 else names[::-1]:
+                if number % every[name]:
+                    continue
                 time.sleep(gap_s)
                 times = [_call(contenders[name], (calls + repeat) % ROUTINGS_CYCLED) for repeat in range(burst)]
                 samples[name] += [1e6 * seconds for seconds in (times[1:] if burst > 1 else times)]
