@@ -1,8 +1,8 @@
 """
 Arguments of compiled functions as words of eight bytes in memory, from which compiled code reads them back.
 
-An array takes its address, the bytes from the part of one thread to that of the next (0: all have the same), and its
-extents; it is C-contiguous. A number takes one word, a tuple those of its elements one after the other.
+An array takes its address, the bytes from the part of one thread to that of the next (0: all have the same), its
+extents, and, if it is not C-contiguous, its strides. A number takes one word, a tuple those of its elements.
 """
 
 import functools
@@ -66,6 +66,8 @@ def freeze(value: Any, place: Callable[[np.ndarray], Word]) -> Iterator[Word]:
         yield from (place(value.array), Word(0, value.array.strides[0]), *(Word(0, n) for n in value.array.shape[1:]))
     elif isinstance(value, np.ndarray):
         yield from (place(value), Word(0, 0), *(Word(0, n) for n in value.shape))
+        if not value.flags.c_contiguous:
+            yield from (Word(0, n) for n in value.strides)
     elif isinstance(value, np.float32):
         yield Word(0, int(value.view(np.uint32)))
     else:
@@ -109,13 +111,14 @@ def _read(
 def _read_array(
     context: Any, builder: ir.IRBuilder, frozen: types.Array, block: ir.Value, thread: ir.Value, numbers: Iterator[int]
 ) -> ir.Value:
-    if frozen.layout != "C":
-        raise TypeError(f"no words stand for {frozen}")
     start, step, *shape = (_word(builder, block, numbers) for _ in range(2 + frozen.ndim))
     item = context.get_constant(types.intp, frozen.dtype.bitwidth // 8)
-    strides = [item]
-    for extent in shape[:0:-1]:
-        strides.insert(0, builder.mul(strides[0], extent))
+    if frozen.layout == "C":
+        strides = [item]
+        for extent in shape[:0:-1]:
+            strides.insert(0, builder.mul(strides[0], extent))
+    else:
+        strides = [_word(builder, block, numbers) for _ in range(frozen.ndim)]
     array = arrayobj.make_array(frozen)(context, builder)
     data = builder.inttoptr(builder.add(start, builder.mul(step, thread)), array.data.type)
     arrayobj.populate_array(array, data=data, shape=shape, strides=strides, itemsize=item, meminfo=None)

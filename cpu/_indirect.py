@@ -7,25 +7,14 @@ code is compiled once, by itself.
 
 from typing import Any
 
-import numba
 from llvmlite import ir
-from numba import _dispatcher, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_ADDRESSES: dict[tuple[Any, bytes], int] = {}
-
-
-def address(function: Any, *arguments: Any) -> int:
-    """Where the machine code of a function that returns nothing begins, compiled for arguments like these."""
-    key = function, _dispatcher.compute_fingerprint(arguments)  # finding their types takes fifty times as long
-    if key not in _ADDRESSES:
-        _ADDRESSES[key] = address_for(function, tuple(map(numba.typeof, arguments)))
-    return _ADDRESSES[key]
-
 
 def address_for(function: Any, known: tuple[types.Type, ...]) -> int:
-    """The same for arguments of these types."""
+    """Where the machine code of a function that returns nothing begins, compiled for arguments of these types."""
     function.compile(known)
     compiled = function.overloads[known]
     return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))

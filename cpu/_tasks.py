@@ -2,10 +2,9 @@
 
 import numba
 import numpy as np
-from numba import prange
 
-from cumoe.cpu import _cpus, _indirect, _recorder, _threads
-from cumoe.cpu._frozen import Each
+from cumoe.cpu import _cpus, _recorder, _region, _threads
+from cumoe.cpu._frozen import Address, Each
 from cumoe.cpu._jit import jit
 
 _PER_THREAD = 16  # evens out what the threads do
@@ -37,9 +36,11 @@ def run(worker, problem, offsets, most_rows, row_group, panels, panel_products, 
         return
     workers = min(workers, num_tasks)
     scratch = [np.empty((workers, *shape), dtype) for shape, dtype in parts(-(-longest // row_group) * row_group)]
-    address = _indirect.address(worker, problem, tasks, 0, *(part[0] for part in scratch))
+    counter, arrivals = np.zeros((2, 8), np.int64)
     together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1]) and _cpus.are_asleep()
-    _all_workers(address, problem, tasks, np.zeros((2, 8), np.int64), together, *scratch)
+    given = problem, tasks, Address(counter), *map(Each, scratch)
+    like = problem, tasks, 0, *(part[0] for part in scratch)
+    _region.run(worker, given, like, workers, arrivals.ctypes.data if together else 0)
     if workers > 1:
         _cpus.were_awake()
     _threads.warn_if_slow()
@@ -104,16 +105,3 @@ def cut(offsets, most_rows, panels, panel_products, workers, per_worker, tasks, 
     tasks[n:, 2] = 0
     found[0] = n
     found[1] = longest
-
-
-@jit(parallel=True)
-def _all_workers(worker, problem, tasks, counters, together, row_blocks, decoded, panel_blocks, sums, codes, edges):
-    """Call the function at address `worker` for each part of the scratch."""
-    for w in prange(row_blocks.shape[0]):
-        at = np.int64(counters.ctypes.data)
-        parts = row_blocks[w], decoded[w], panel_blocks[w], sums[w], codes[w], edges[w]
-        if together:
-            _cpus.arrive(at + 64)
-        _indirect.call(worker, (problem, tasks, at, *parts))
-        if together:
-            _cpus.end(at + 64)

@@ -7,6 +7,7 @@ Their words begin with the address of what they call, so that one of them serves
 import functools
 
 import numpy as np
+from numba import types
 
 from cumoe.cpu import _frozen, _indirect, _intrinsics
 from cumoe.cpu._jit import jit
@@ -15,13 +16,13 @@ from cumoe.cpu._jit import jit
 @functools.cache
 def whole(frozen):
     """Where the machine code begins that calls a function once, for arguments of the type `frozen`."""
-    return _indirect.address(jit(inner=True, thaw=_frozen.thaw(frozen))(_whole), 0, 0)
+    return _indirect.address_for(jit(inner=True, thaw=_frozen.thaw(frozen))(_whole), (types.int64, types.int64))
 
 
 @functools.cache
 def rows(frozen):
     """The same for a row loop: its words go on with a counter, the rows, and in how many blocks they are taken."""
-    return _indirect.address(jit(inner=True, thaw=_frozen.thaw(frozen))(_rows), 0, 0)
+    return _indirect.address_for(jit(inner=True, thaw=_frozen.thaw(frozen))(_rows), (types.int64, types.int64))
 
 
 # ---- templates; jit(...) gives the names below their values ----

@@ -6,13 +6,11 @@ Tokens in the batched format: one shelf of slots for each local expert.
 Slots at or after an expert's count are neither read nor written.
 """
 
-import numba
 import numpy as np
 
+from cumoe.cpu import rows as row_loop
 from cumoe.cpu._jit import jit
 from cumoe.cpu.permute import copy_bytes, local_expert
-
-_PARALLEL_BYTES = 1 << 17  # below this, waking the threads costs more than it saves
 
 
 @jit()
@@ -36,23 +34,12 @@ def assign_slots(topk_ids, expert_map, expert_num_tokens, slots, first_expert, c
 
 def scatter_rows(source, slots, out):
     """``out[slots[t, j]] = source[t]``, bytes both; slots below 0 are skipped."""
-    num_tokens = source.shape[0]
-    if slots.size * source.shape[1] < _PARALLEL_BYTES:
-        _scatter(source, slots, out, 0, num_tokens)
-    else:
-        _scatter_blocks(source, slots, out, min(num_tokens, 8 * numba.get_num_threads()))
+    row_loop.run(_scatter, len(source), slots.size * source.shape[1] // 4, (source, slots, out))
 
 
-@jit()
-def _scatter(source, slots, out, first, last):
+def _scatter(first, last, arguments):
+    source, slots, out = arguments
     for t in range(first, last):
         for j in range(slots.shape[1]):
             if slots[t, j] >= 0:
                 copy_bytes(source[t], out[slots[t, j]])
-
-
-@jit(parallel=True)
-def _scatter_blocks(source, slots, out, num_blocks):
-    num_tokens = source.shape[0]
-    for b in numba.prange(num_blocks):
-        _scatter(source, slots, out, b * num_tokens // num_blocks, (b + 1) * num_tokens // num_blocks)

@@ -10,8 +10,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
+from cumoe.cpu import rows as row_loop
 from cumoe.cpu._features import cpu_features
 from cumoe.cpu._jit import jit
 from cumoe.cpu._vector_tile import INTEGERS, Tile
@@ -139,7 +139,8 @@ def pack_weights(codes, weight_format, made, k, gated, order, out):
     f = weight_format
     zeros = np.empty((0, 0, 0), np.uint8) if f.zero_points is None else f.zero_points
     side = COLUMNS // 2 if gated else COLUMNS
-    _pack_all(made, f.rule)(codes.view(np.uint8), f.scale, zeros, *order, side, made.k_padded(k), out)
+    arguments = codes.view(np.uint8), f.scale, zeros, *order, side, made.k_padded(k), out
+    row_loop.run(_pack_panels, out.shape[0] * out.shape[1], out.size, arguments, pack=pack_panel(made, f.rule))
 
 
 @functools.cache
@@ -147,7 +148,8 @@ def pack_panel(made, rule):
     """The compiled packer of one panel."""
     template = {"bytes": _fill_bytes, "nibbles": _fill_nibbles, "fp8": _fill_eight, "int8": _fill_eight}
     return jit(
-        fill=jit(change=_CHANGES[rule, made.kind])(template.get(made.kind, _fill_four)),
+        inner=True,
+        fill=jit(inner=True, change=_CHANGES[rule, made.kind])(template.get(made.kind, _fill_four)),
         step=made.step,
         step_bytes=made.step_bytes,
         group=made.group,
@@ -155,11 +157,6 @@ def pack_panel(made, rule):
         scale_bytes=made.group_bytes - COLUMNS * made.has_zeros,
         has_zeros=made.has_zeros,
     )(_pack_panel)
-
-
-@functools.cache
-def _pack_all(made, rule):
-    return jit(parallel=True, pack=pack_panel(made, rule))(_pack_panels)
 
 
 @jit(inline=True)
@@ -205,10 +202,11 @@ group = scale_bytes = 0
 has_zeros = False
 
 
-def _pack_panels(codes, scale, zeros, first_gate, first_up, distance, outputs, side, k_padded, out):
+def _pack_panels(first, last, arguments):
+    codes, scale, zeros, first_gate, first_up, distance, outputs, side, k_padded, out = arguments
     panels = out.shape[1]
     flat = out.reshape(out.shape[0] * panels, out.shape[2])
-    for job in prange(flat.shape[0]):
+    for job in range(first, last):
         order = first_gate, first_up, distance, outputs, side
         pack(codes, scale, zeros, job // panels, job % panels, order, k_padded, flat[job])
 

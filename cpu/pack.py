@@ -8,9 +8,9 @@ gathered, scaled and padded into a block that stays in the cache.
 import functools
 
 import numpy as np
-from numba import prange
 
 from cumoe.cpu import _intrinsics, coded_panels, microkernel
+from cumoe.cpu import rows as row_loop
 from cumoe.cpu._jit import jit
 from cumoe.cpu.bits import CODECS
 
@@ -60,7 +60,9 @@ def panel_shape(weights_shape, dtype, kernel, gated):
 
 def pack_weights(weights, dtype, kernel, gated, interleaved, out):
     """Pack (E, N, K) into `out` of `panel_shape`; `dtype` names what the bits of `weights` mean."""
-    _pack_all(microkernel.choose(dtype, kernel))(weights, *row_order(weights.shape[1], gated, interleaved), out)
+    arguments = weights, *row_order(weights.shape[1], gated, interleaved), out
+    packer = pack_panel(microkernel.choose(dtype, kernel))
+    row_loop.run(_pack_panels, out.shape[0] * out.shape[1], out.size, arguments, pack=packer)
 
 
 def pack_codes(codes, weight_format, k, gated, interleaved):
@@ -86,6 +88,7 @@ def row_order(n, gated, interleaved):
 def pack_panel(kernel):
     """The compiled packer of one panel for `kernel`."""
     return jit(
+        inner=True,
         columns=kernel.columns,
         block_words=kernel.block_words,
         block_columns=kernel.block_columns,
@@ -93,11 +96,6 @@ def pack_panel(kernel):
         pair=kernel.pair,
         transpose=_intrinsics.transpose(kernel.lanes),
     )(_pack_panel)
-
-
-@functools.cache
-def _pack_all(kernel):
-    return jit(parallel=True, pack=pack_panel(kernel))(_pack_panels)
 
 
 @functools.cache
@@ -122,10 +120,11 @@ columns = block_words = block_columns = lanes = pair = 0
 transpose = load = store = as_row = pack = None
 
 
-def _pack_panels(weights, first_gate, first_up, distance, outputs, out):
+def _pack_panels(first, last, arguments):
+    weights, first_gate, first_up, distance, outputs, out = arguments
     panels = out.shape[1]
     flat = out.reshape(out.shape[0] * panels, out.shape[2] * out.shape[3] * out.shape[4])
-    for job in prange(flat.shape[0]):
+    for job in range(first, last):
         pack(weights, job // panels, job % panels, first_gate, first_up, distance, outputs, flat[job])
 
 

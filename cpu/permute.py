@@ -9,10 +9,10 @@ import numba
 import numpy as np
 
 from cumoe.cpu import _recorder
+from cumoe.cpu import rows as row_loop
 from cumoe.cpu._jit import jit
 
 _PARALLEL_PAIRS = 50_000  # below this, waking the threads costs more than it saves
-_PARALLEL_BYTES = 1 << 17
 
 
 def sort_by_expert(
@@ -148,10 +148,7 @@ def _spread(offsets, dense_idx, expert_num_tokens, m_indices, permuted_idx, inv_
 
 def gather_rows(source, permuted_idx, out, top_k):
     """``out[r] = source[permuted_idx[r] // top_k]``, bytes both; a row without a pair is left as it is."""
-    if out.size < _PARALLEL_BYTES:
-        _gather(source, permuted_idx, out, top_k, 0, out.shape[0])
-    elif out.size > 0:
-        _gather_blocks(source, permuted_idx, out, top_k, min(out.shape[0], 8 * numba.get_num_threads()))
+    row_loop.run(_gather, len(out), out.size // 4, (source, permuted_idx, out, top_k))
 
 
 @jit()
@@ -161,16 +158,9 @@ def copy_bytes(source, out):
         out[i] = source[i]
 
 
-@jit()
-def _gather(source, permuted_idx, out, top_k, first, last):
+def _gather(first, last, arguments):
+    source, permuted_idx, out, top_k = arguments
     for r in range(first, last):
         t = permuted_idx[r] // top_k
         if t < source.shape[0]:
             copy_bytes(source[t], out[r])
-
-
-@jit(parallel=True)
-def _gather_blocks(source, permuted_idx, out, top_k, num_blocks):
-    num_rows = out.shape[0]
-    for b in numba.prange(num_blocks):
-        _gather(source, permuted_idx, out, top_k, b * num_rows // num_blocks, (b + 1) * num_rows // num_blocks)

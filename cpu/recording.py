@@ -9,7 +9,7 @@ holds for every threading layer. The memory of a call is kept for the next.
 import functools
 
 import numpy as np
-from numba import prange
+from numba import prange, types
 
 from cumoe.cpu import _cpus, _indirect, _intrinsics, _recorder, _threads
 from cumoe.cpu._frozen import Word
@@ -86,7 +86,7 @@ class Recording:
 
 @functools.cache
 def _conductor():
-    return _indirect.address(_conduct, 0, 0)
+    return _indirect.address_for(_conduct, (types.int64, types.int64))
 
 
 @jit(parallel=True)

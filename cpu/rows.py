@@ -8,9 +8,8 @@ nothing else, so that its bits depend on no other row and on no thread count.
 import functools
 
 import numba
-import numpy as np
 
-from cumoe.cpu import _indirect, _recorder
+from cumoe.cpu import _recorder, _region
 from cumoe.cpu._jit import jit
 
 _PARALLEL_ELEMENTS = 1 << 15  # below this, waking the threads costs more than it saves
@@ -26,19 +25,10 @@ def run(loop, num_rows, num_elements, arguments, **constants):
     elif num_elements < _PARALLEL_ELEMENTS:
         compiled(0, num_rows, arguments)
     else:
-        # the number of threads is asked for here: a loop that asks itself cannot be kept on disk
-        num_blocks = min(num_rows, 8 * numba.get_num_threads())
-        _blocks(_indirect.address(compiled, 0, num_rows, arguments), num_rows, num_blocks, arguments)
+        workers = numba.get_num_threads()
+        _region.run_rows(compiled, num_rows, min(num_rows, 8 * workers), arguments, workers)
 
 
 @functools.cache
 def _compiled(loop, constants):
     return jit(**dict(constants))(loop)
-
-
-@jit(parallel=True)
-def _blocks(loop, num_rows, num_blocks, arguments):
-    """Call the row loop at address `loop` for each block."""
-    for b in numba.prange(num_blocks):
-        first, last = np.int64(b * num_rows // num_blocks), np.int64((b + 1) * num_rows // num_blocks)
-        _indirect.call(loop, (first, last, arguments))

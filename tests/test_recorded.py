@@ -338,6 +338,10 @@ def read_back(block, thread):
     return whole.sum(), number, flag, integer, part[0], part[2], address
 
 
+def copy_back(block, out):
+    out[...] = read(block, 0)[0]
+
+
 def read_nothing(block, thread):
     return read(block, thread)
 
@@ -353,6 +357,16 @@ def test_arguments_become_words_and_come_back():
     )
     found = jit(read=_frozen.thaw(_frozen.kind(value)))(read_back)(words.ctypes.data, 1)
     assert found == (66, 2.5, True, -7, 3, 5, arrays[0].ctypes.data)
-    for kind in (numba.types.complex128, numba.types.Array(numba.types.int64, 2, "A")):
-        with pytest.raises(Exception, match="no words"):
-            jit(read=_frozen.thaw(numba.types.Tuple([kind])))(read_nothing)(0, 0)
+    with pytest.raises(Exception, match="no words"):
+        jit(read=_frozen.thaw(numba.types.Tuple([numba.types.complex128])))(read_nothing)(0, 0)
+
+
+@pytest.mark.parametrize("view", [np.s_[::2, 1:], np.s_[::-1, ::3], np.s_[:, 2]], ids=str)
+@pytest.mark.parametrize("order", "CF")
+def test_arrays_with_strides_become_words_and_come_back(order, view):
+    array = np.asarray(np.arange(35, dtype=np.float32).reshape(5, 7), order=order)[view]
+    value = (array,)
+    words = [one.number for one in _frozen.freeze(value, lambda array: _frozen.Word(0, array.ctypes.data))]
+    block, out = np.array(words, np.int64), np.empty(array.shape, array.dtype)
+    jit(read=_frozen.thaw(_frozen.kind(value)))(copy_back)(block.ctypes.data, out)
+    np.testing.assert_array_equal(out, array)

@@ -12,7 +12,7 @@ import pytest
 from strategies import make_problem
 from test_recorded import GENERAL, call, prepare, recorded
 
-from cumoe.cpu import _cpus, _intrinsics, _tasks
+from cumoe.cpu import _cpus, _intrinsics, _region
 from cumoe.cpu._jit import jit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no name for it")
@@ -71,13 +71,13 @@ def test_calls_leave_the_cpus_of_every_thread_as_they_were():
 @pytest.mark.parametrize("asleep", [True, False])
 def test_threads_of_a_product_of_its_own_find_cpus_after_a_pause_only(monkeypatch, asleep):
     seen = []
-    run = _tasks._all_workers
+    run = _region.run
 
-    def all_workers(worker, problem, tasks, counters, together, *scratch):
-        seen.append((len(scratch[0]), together))
-        run(worker, problem, tasks, counters, together, *scratch)
+    def region(worker, given, like, workers, arrivals):
+        seen.append((workers, arrivals != 0))
+        run(worker, given, like, workers, arrivals)
 
-    monkeypatch.setattr(_tasks, "_all_workers", all_workers)
+    monkeypatch.setattr(_region, "run", region)
     monkeypatch.setattr(_cpus, "_THREADS", numba.get_num_threads())
     monkeypatch.setattr(_cpus, "_ASLEEP_S", 0.5)
     problem = make_problem(64, 4, 8, 256, 192, "bfloat16")
