@@ -55,23 +55,27 @@ def kind(value: Any) -> types.Type:
     return types.Tuple(parts)
 
 
-def freeze(value: Any, place: Callable[[np.ndarray], Word]) -> Iterator[Word]:
-    """The words of an argument; `place` says where an array lies."""
-    if isinstance(value, tuple):
-        for part in value:
-            yield from freeze(part, place)
-    elif isinstance(value, Address):
-        yield place(value.array)
-    elif isinstance(value, Each):
-        yield from (place(value.array), Word(0, value.array.strides[0]), *(Word(0, n) for n in value.array.shape[1:]))
-    elif isinstance(value, np.ndarray):
-        yield from (place(value), Word(0, 0), *(Word(0, n) for n in value.shape))
+def freeze(value: Any, place: Callable[[np.ndarray], Any], words: list[Any]) -> None:
+    """Append the words of an argument: numbers, and for the address of an array what `place` says."""
+    if isinstance(value, np.ndarray):
+        words.append(place(value))
+        words.append(0)
+        words.extend(value.shape)
         if not value.flags.c_contiguous:
-            yield from (Word(0, n) for n in value.strides)
+            words.extend(value.strides)
+    elif isinstance(value, tuple):
+        for part in value:
+            freeze(part, place, words)
+    elif isinstance(value, Address):
+        words.append(place(value.array))
+    elif isinstance(value, Each):
+        words.append(place(value.array))
+        words.append(value.array.strides[0])
+        words.extend(value.array.shape[1:])
     elif isinstance(value, np.float32):
-        yield Word(0, int(value.view(np.uint32)))
+        words.append(int(value.view(np.uint32)))
     else:
-        yield Word(0, int(value))
+        words.append(int(value))
 
 
 @functools.cache

@@ -81,15 +81,18 @@ class Recorder:
         blocks = min(num_rows, 8 * self.workers)
         frozen = _frozen.kind(arguments)
         where = _indirect.address_for(loop, (numba.types.int64, numba.types.int64, frozen))
-        words = _frozen.freeze((where, self.counter(), num_rows, blocks, arguments), self._place)
-        self.together.append(self._with_counters(_thunks.rows(frozen), tuple(words)))
+        given = where, self.counter(), num_rows, blocks, arguments
+        self.together.append(self._with_counters(_thunks.rows(frozen), given))
 
     def _step(self, function: Any, arguments: tuple[Any, ...]) -> Step:
         frozen = _frozen.kind(arguments)
         where = _indirect.address_for(function, tuple(frozen))
-        return self._with_counters(_thunks.whole(frozen), tuple(_frozen.freeze((where, arguments), self._place)))
+        return self._with_counters(_thunks.whole(frozen), (where, arguments))
 
-    def _with_counters(self, enter: int, words: tuple[Word, ...]) -> Step:
+    def _with_counters(self, enter: int, given: tuple[Any, ...]) -> Step:
+        found: list[Any] = []
+        _frozen.freeze(given, self._place, found)
+        words = tuple(one if isinstance(one, Word) else Word(NOTHING, one) for one in found)
         return Step(enter, words, self._place(self.counter().array), self._place(self.counter().array))
 
     def _reserve(self, num_bytes: int) -> Word:

@@ -11,7 +11,7 @@ import numpy as np
 from numba import _dispatcher, prange, types
 
 from cumoe.cpu import _cpus, _frozen, _indirect, _intrinsics, _thunks
-from cumoe.cpu._frozen import Address, Word
+from cumoe.cpu._frozen import Address
 from cumoe.cpu._jit import jit
 
 _KNOWN: dict[tuple[object, bytes], tuple[int, int]] = {}  # finding types takes fifty times as long as to look here
@@ -44,12 +44,13 @@ def run_rows(loop, num_rows, blocks, arguments, workers):
 
 
 def _start(thunk, given, workers, arrivals):
-    words = [word.number for word in _frozen.freeze(given, _here)]
-    _on_all_threads(_entry(), np.array([thunk, arrivals, *words], np.int64), workers)
+    words = [thunk, arrivals]
+    _frozen.freeze(given, _here, words)
+    _on_all_threads(_entry(), np.array(words, np.int64), workers)
 
 
 def _here(array):
-    return Word(0, array.ctypes.data)
+    return array.ctypes.data if array.size else 0
 
 
 @functools.cache

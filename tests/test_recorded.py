@@ -338,6 +338,12 @@ def read_back(block, thread):
     return whole.sum(), number, flag, integer, part[0], part[2], address
 
 
+def frozen(value):
+    words = []
+    _frozen.freeze(value, lambda array: array.ctypes.data, words)
+    return np.array(words, np.int64)
+
+
 def copy_back(block, out):
     out[...] = read(block, 0)[0]
 
@@ -352,9 +358,7 @@ read = None  # jit(...) gives it a value
 def test_arguments_become_words_and_come_back():
     arrays = np.arange(12, dtype=np.uint16).reshape(3, 4), np.arange(6, dtype=np.float32).reshape(2, 3)
     value = (arrays[0], (np.float32(2.5), True, -7), _frozen.Each(arrays[1]), _frozen.Address(arrays[0]))
-    words = np.array(
-        [one.number for one in _frozen.freeze(value, lambda array: _frozen.Word(0, array.ctypes.data))], np.int64
-    )
+    words = frozen(value)
     found = jit(read=_frozen.thaw(_frozen.kind(value)))(read_back)(words.ctypes.data, 1)
     assert found == (66, 2.5, True, -7, 3, 5, arrays[0].ctypes.data)
     with pytest.raises(Exception, match="no words"):
@@ -366,7 +370,6 @@ def test_arguments_become_words_and_come_back():
 def test_arrays_with_strides_become_words_and_come_back(order, view):
     array = np.asarray(np.arange(35, dtype=np.float32).reshape(5, 7), order=order)[view]
     value = (array,)
-    words = [one.number for one in _frozen.freeze(value, lambda array: _frozen.Word(0, array.ctypes.data))]
-    block, out = np.array(words, np.int64), np.empty(array.shape, array.dtype)
+    block, out = frozen(value), np.empty(array.shape, array.dtype)
     jit(read=_frozen.thaw(_frozen.kind(value)))(copy_back)(block.ctypes.data, out)
     np.testing.assert_array_equal(out, array)
