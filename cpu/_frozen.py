@@ -116,7 +116,7 @@ def _read_array(
     context: Any, builder: ir.IRBuilder, frozen: types.Array, block: ir.Value, thread: ir.Value, numbers: Iterator[int]
 ) -> ir.Value:
     start, step, *shape = (_word(builder, block, numbers) for _ in range(2 + frozen.ndim))
-    item = context.get_constant(types.intp, frozen.dtype.bitwidth // 8)
+    item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(frozen.dtype)))
     if frozen.layout == "C":
         strides = [item]
         for extent in shape[:0:-1]:

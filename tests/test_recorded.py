@@ -365,10 +365,11 @@ def test_arguments_become_words_and_come_back():
         jit(read=_frozen.thaw(numba.types.Tuple([numba.types.complex128])))(read_nothing)(0, 0)
 
 
-@pytest.mark.parametrize("view", [np.s_[::2, 1:], np.s_[::-1, ::3], np.s_[:, 2]], ids=str)
+@pytest.mark.parametrize("view", [np.s_[:], np.s_[::2, 1:], np.s_[::-1, ::3], np.s_[:, 2]], ids=str)
 @pytest.mark.parametrize("order", "CF")
-def test_arrays_with_strides_become_words_and_come_back(order, view):
-    array = np.asarray(np.arange(35, dtype=np.float32).reshape(5, 7), order=order)[view]
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.bool_, np.int64])
+def test_arrays_with_strides_become_words_and_come_back(dtype, order, view):
+    array = np.asarray((np.arange(35) % 3).astype(dtype).reshape(5, 7), order=order)[view]
     value = (array,)
     block, out = frozen(value), np.empty(array.shape, array.dtype)
     jit(read=_frozen.thaw(_frozen.kind(value)))(copy_back)(block.ctypes.data, out)
