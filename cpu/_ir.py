@@ -71,7 +71,7 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 
 
 def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, asked: ir.Value, most: int) -> None:
-    """Ask for the lines of a step, never more than `most`, for L2; an address without memory does no harm."""
+    """Ask for the lines of a step, of which there are at most `most`, for L2; where no memory is, it does no harm."""
     first = builder.add(ahead, builder.mul(step, asked))
     _prefetch(builder, first)  # of no bytes: a line that is there
     if most > 1:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from cumoe.cpu import _cpus, _frozen, _indirect, _thunks
+from cumoe.cpu import _cpus, _frozen, _thunks
 from cumoe.cpu._frozen import Address, Word
 
 NOTHING, MEMORY, WORDS, GIVEN = range(4)  # owners of words: those of what is given follow
@@ -79,15 +79,13 @@ class Recorder:
     def rows(self, loop: Any, num_rows: int, arguments: tuple[Any, ...]) -> None:
         """Call the row loop for blocks of rows, which the threads take one after the other."""
         blocks = min(num_rows, 8 * self.workers)
-        frozen = _frozen.kind(arguments)
-        where = _indirect.address_for(loop, (numba.types.int64, numba.types.int64, frozen))
+        where, thunk = _thunks.rows(loop, _frozen.kind(arguments))
         given = where, self.counter(), num_rows, blocks, arguments
-        self.together.append(self._with_counters(_thunks.rows(frozen), given))
+        self.together.append(self._with_counters(thunk, given))
 
     def _step(self, function: Any, arguments: tuple[Any, ...]) -> Step:
-        frozen = _frozen.kind(arguments)
-        where = _indirect.address_for(function, tuple(frozen))
-        return self._with_counters(_thunks.whole(frozen), (where, arguments))
+        where, thunk = _thunks.whole(function, _frozen.kind(arguments))
+        return self._with_counters(thunk, (where, arguments))
 
     def _with_counters(self, enter: int, given: tuple[Any, ...]) -> Step:
         found: list[Any] = []

@@ -11,22 +11,21 @@ import numpy as np
 from numba import _dispatcher, prange, types
 
 from cumoe.cpu import _cpus, _frozen, _indirect, _intrinsics, _thunks
-from cumoe.cpu._frozen import Address
+from cumoe.cpu._frozen import Address, Each
 from cumoe.cpu._jit import jit
 
 _KNOWN: dict[tuple[object, bytes], tuple[int, int]] = {}  # finding types takes fifty times as long as to look here
 
 
-def run(function, given, like, workers, arrivals):
+def run(function, given, workers, arrivals):
     """
-    Call `function` once in each of the threads; ``like`` are arguments as one thread gets them, for their types.
+    Call `function` once in each of the threads, with the arguments `given`.
 
-    `given` may hold an `Each` and an `Address`. `arrivals` is the address for `_cpus.arrive`, or 0.
+    They may be an `Each` or an `Address`. `arrivals` is the address for `_cpus.arrive`, or 0.
     """
-    key = function, _dispatcher.compute_fingerprint(like)
+    key = function, _dispatcher.compute_fingerprint(tuple(map(_of_one_thread, given)))
     if key not in _KNOWN:
-        frozen = _frozen.kind(given)
-        _KNOWN[key] = _indirect.address_for(function, tuple(frozen)), _thunks.whole(frozen)
+        _KNOWN[key] = _thunks.whole(function, _frozen.kind(given))
     where, thunk = _KNOWN[key]
     _start(thunk, (where, given), workers, arrivals)
 
@@ -35,12 +34,17 @@ def run_rows(loop, num_rows, blocks, arguments, workers):
     """Call a row loop (first, last, arguments) for blocks of rows, which the threads take one after the other."""
     key = loop, _dispatcher.compute_fingerprint(arguments)
     if key not in _KNOWN:
-        frozen = _frozen.kind(arguments)
-        where = _indirect.address_for(loop, (types.int64, types.int64, frozen))
-        _KNOWN[key] = where, _thunks.rows(frozen)
+        _KNOWN[key] = _thunks.rows(loop, _frozen.kind(arguments))
     where, thunk = _KNOWN[key]
     counter = np.zeros(8, np.int64)
     _start(thunk, (where, Address(counter), num_rows, blocks, arguments), workers, 0)
+
+
+def _of_one_thread(value):
+    """An argument as a thread gets it, for its type."""
+    if isinstance(value, Each):
+        return value.array[0]
+    return 0 if isinstance(value, Address) else value
 
 
 def _start(thunk, given, workers, arrivals):

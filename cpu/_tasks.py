@@ -39,8 +39,7 @@ def run(worker, problem, offsets, most_rows, row_group, panels, panel_products, 
     counter, arrivals = np.zeros((2, 8), np.int64)
     together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1]) and _cpus.are_asleep()
     given = problem, tasks, Address(counter), *map(Each, scratch)
-    like = problem, tasks, 0, *(part[0] for part in scratch)
-    _region.run(worker, given, like, workers, arrivals.ctypes.data if together else 0)
+    _region.run(worker, given, workers, arrivals.ctypes.data if together else 0)
     if workers > 1:
         _cpus.were_awake()
     _threads.warn_if_slow()

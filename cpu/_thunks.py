@@ -13,16 +13,19 @@ from cumoe.cpu import _frozen, _indirect, _intrinsics
 from cumoe.cpu._jit import jit
 
 
-@functools.cache
-def whole(frozen):
-    """Where the machine code begins that calls a function once, for arguments of the type `frozen`."""
-    return _indirect.address_for(jit(inner=True, thaw=_frozen.thaw(frozen))(_whole), (types.int64, types.int64))
+def whole(function, frozen):
+    """Where the machine code of `function` begins, and of what calls it once, for arguments of the type `frozen`."""
+    return _indirect.address_for(function, tuple(frozen)), _reader(_whole, frozen)
 
 
-@functools.cache
-def rows(frozen):
+def rows(loop, frozen):
     """The same for a row loop: its words go on with a counter, the rows, and in how many blocks they are taken."""
-    return _indirect.address_for(jit(inner=True, thaw=_frozen.thaw(frozen))(_rows), (types.int64, types.int64))
+    return _indirect.address_for(loop, (types.int64, types.int64, frozen)), _reader(_rows, frozen)
+
+
+@functools.cache
+def _reader(template, frozen):
+    return _indirect.address_for(jit(inner=True, thaw=_frozen.thaw(frozen))(template), (types.int64, types.int64))
 
 
 # ---- templates; jit(...) gives the names below their values ----

@@ -34,6 +34,7 @@ def assign_slots(topk_ids, expert_map, expert_num_tokens, slots, first_expert, c
 
 def scatter_rows(source, slots, out):
     """``out[slots[t, j]] = source[t]``, bytes both; slots below 0 are skipped."""
+    # to copy four bytes counts like one number of other row loops
     row_loop.run(_scatter, len(source), slots.size * source.shape[1] // 4, (source, slots, out))
 
 

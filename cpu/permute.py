@@ -148,6 +148,7 @@ def _spread(offsets, dense_idx, expert_num_tokens, m_indices, permuted_idx, inv_
 
 def gather_rows(source, permuted_idx, out, top_k):
     """``out[r] = source[permuted_idx[r] // top_k]``, bytes both; a row without a pair is left as it is."""
+    # to copy four bytes counts like one number of other row loops
     row_loop.run(_gather, len(out), out.size // 4, (source, permuted_idx, out, top_k))
 
 

@@ -73,9 +73,9 @@ def test_threads_of_a_product_of_its_own_find_cpus_after_a_pause_only(monkeypatc
     seen = []
     run = _region.run
 
-    def region(worker, given, like, workers, arrivals):
+    def region(worker, given, workers, arrivals):
         seen.append((workers, arrivals != 0))
-        run(worker, given, like, workers, arrivals)
+        run(worker, given, workers, arrivals)
 
     monkeypatch.setattr(_region, "run", region)
     monkeypatch.setattr(_cpus, "_THREADS", numba.get_num_threads())
