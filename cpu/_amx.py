@@ -33,8 +33,8 @@ def permitted() -> bool:
 
 @intrinsic
 def tile(
-    typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps, offsets,
-    offsets_stride,
+    typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, asked_scales, group_steps,
+    offsets, offsets_stride,
 ):  # fmt: skip
     """Up to 16 rows (one row group) or 32 (two groups, `a_stride` bytes apart) times a panel of 32 columns."""
 

@@ -8,13 +8,13 @@ from numba.core import cgutils
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
-# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps,
+# Every micro-kernel: (rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, asked_scales, group_steps,
 # offsets, offsets_stride). `a`, `panel`, `sums` and `ahead` are addresses, `a_stride` and `half` (from the gate sums to
-# the up sums) are bytes; `accumulate` != 0 goes on from `sums`. While it multiplies, step s asks for the cache
-# lines of the `asked` bytes from ``ahead + s * asked`` on, so that the next weights travel meanwhile. Of kernels whose
-# weights have scales along K, `scales` is the address of those of the first group of `group_steps` steps, columns side
-# by side. Of kernels in integers, `offsets` is the address of the int32 that the sums of the first row begin with, a
-# group after the other; the next row's are `offsets_stride` bytes further on. Others take zeros.
+# the up sums) are bytes; `accumulate` != 0 goes on from `sums`. Where weights have scales along K, those of a group of
+# `group_steps` steps lie before it, columns side by side. While it multiplies, each group asks for the cache lines of
+# `asked_scales` bytes and each step for those of `asked` bytes, one behind the other from `ahead` on, so that the next
+# weights travel meanwhile. Of kernels in integers, `offsets` is the address of the int32 that the sums of the first row
+# begin with, a group after the other; the next row's are `offsets_stride` bytes further on. Others take zeros.
 TILE_ARGUMENTS = types.void(*[types.int64] * 14)
 
 
@@ -71,16 +71,22 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 
 
 def prefetch_step(builder: ir.IRBuilder, ahead: ir.Value, step: ir.Value, asked: ir.Value, most: int) -> None:
-    """Ask for the lines of a step, of which there are at most `most`, for L2; where no memory is, it does no harm."""
+    """Ask for the lines of a step, of which there are at most `most`; of no bytes, for a line that is there."""
     first = builder.add(ahead, builder.mul(step, asked))
-    _prefetch(builder, first)  # of no bytes: a line that is there
+    prefetch(builder, first)
     if most > 1:
         more = builder.ashr(builder.sub(asked, constant(1)), constant(6))
-        with cgutils.for_range(builder, more) as line:
-            _prefetch(builder, builder.add(first, builder.mul(builder.add(line.index, constant(1)), constant(64))))
+        prefetch_lines(builder, builder.add(first, constant(64)), more)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+def prefetch_lines(builder: ir.IRBuilder, address: ir.Value, lines: ir.Value) -> None:
+    """Ask for so many lines."""
+    with cgutils.for_range(builder, lines) as line:
+        prefetch(builder, builder.add(address, builder.mul(line.index, constant(64))))
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a line for L2; where no memory is, it does no harm."""
     flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # read, locality 2, data
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, address), *flags])
 

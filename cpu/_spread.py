@@ -24,7 +24,7 @@ from cumoe.cpu import _ir
 from cumoe.cpu._ir import constant
 
 BITS = {"int4": 4, "e2m1": 4, "fp8": 8, "int8": 8}
-SCALE_BYTES = {"float32": 4, "e8m0": 1, "e4m3": 1}
+SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1, "e4m3": 1}
 
 _NUMBERS = {
     "int4": np.arange(-8, 8),
@@ -111,7 +111,12 @@ def scales(builder: ir.IRBuilder, kind: str, address: ir.Value, floats: ir.Vecto
     if kind == "float32":
         return _ir.load(builder, address, floats)
     words = ir.VectorType(_ir.I32, floats.count)
-    codes = builder.zext(_ir.load(builder, address, ir.VectorType(ir.IntType(8), floats.count)), words)
+    if kind == "float16":
+        return builder.fpext(_ir.load(builder, address, ir.VectorType(ir.HalfType(), floats.count)), floats)
+    stored = ir.IntType(8 * SCALE_BYTES[kind])
+    codes = builder.zext(_ir.load(builder, address, ir.VectorType(stored, floats.count)), words)
+    if kind == "bfloat16":
+        return builder.bitcast(builder.shl(codes, _ir.fill(words, 16)), floats)
     if kind == "e8m0":  # 2**(code - 127); code 0 lies below the normal numbers, 255 is NaN
         number = builder.shl(codes, _ir.fill(words, 23))
         least, nan = _ir.fill(words, 0x00400000), _ir.fill(words, 0x7FC00000)
@@ -129,41 +134,60 @@ def scales(builder: ir.IRBuilder, kind: str, address: ir.Value, floats: ir.Vecto
 
 
 @functools.cache
-def spread(rule: str, has_zeros: bool) -> Any:
+def spread(rule: str, scale: str, has_zeros: bool) -> Any:
     """
-    Emit (source, steps, target, zeros, group steps, group bytes): steps of codes to steps of pairs, 256 bytes each.
+    Emit (source, steps, target, group steps): steps of codes to steps of pairs, 256 bytes each.
 
-    With zero points, those of the first group are at the address `zeros`, those of the next `group bytes` further on.
+    With a `scale`, a dtype, the scales of a group stay before it; its zero points are used, and do not.
     """
 
     @intrinsic
-    def spread_steps(typing_context, source, steps, target, zeros, group_steps, group_bytes):
+    def spread_steps(typing_context, source, steps, target, group_steps):
         def codegen(context, builder, signature, arguments):
-            source, steps, target, zeros, group_steps, group_bytes = arguments
-            if not has_zeros:
-                _emit_spread(builder, rule, source, target, constant(0), steps, None)
+            source, steps, target, group_steps = arguments
+            if not scale:
+                _emit_spread(builder, rule, source, target, steps, None)
                 return context.get_dummy_value()
             groups = builder.sdiv(builder.add(steps, builder.sub(group_steps, constant(1))), group_steps)
+            scale_bytes = 64 * SCALE_BYTES[scale]
+            group_bytes = scale_bytes + 64 * has_zeros
             with cgutils.for_range(builder, groups) as group:
                 first = builder.mul(group.index, group_steps)
-                last = builder.add(first, group_steps)
-                last = builder.select(builder.icmp_signed("<", last, steps), last, steps)
-                own = origins(builder, builder.add(zeros, builder.mul(group.index, group_bytes)))
-                _emit_spread(builder, rule, source, target, first, last, own)
+                left = builder.sub(steps, first)
+                count = builder.select(builder.icmp_signed("<", left, group_steps), left, group_steps)
+                read = _place(builder, source, first, 16 * BITS[rule], group.index, group_bytes)
+                write = _place(builder, target, first, 256, group.index, scale_bytes)
+                for line in range(0, scale_bytes, 64):
+                    scales = _ir.load(builder, _behind(builder, read, line), _BYTES)
+                    _ir.store(builder, scales, _behind(builder, write, line))
+                own = origins(builder, _behind(builder, read, scale_bytes)) if has_zeros else None
+                codes, numbers = _behind(builder, read, group_bytes), _behind(builder, write, scale_bytes)
+                _emit_spread(builder, rule, codes, numbers, count, own)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 4), codegen
 
-    spread_steps.__qualname__ = f"spread-{rule}-{has_zeros}"
+    spread_steps.__qualname__ = f"spread-{rule}-{scale}-{has_zeros}"
     return spread_steps
 
 
+def _behind(builder: ir.IRBuilder, address: ir.Value, num_bytes: int) -> ir.Value:
+    return builder.add(address, constant(num_bytes))
+
+
+def _place(
+    builder: ir.IRBuilder, start: ir.Value, step: ir.Value, step_bytes: int, group: ir.Value, group_bytes: int
+) -> ir.Value:
+    """Where a group begins that has so many steps and groups before it."""
+    steps = builder.mul(step, constant(step_bytes))
+    return builder.add(start, builder.add(steps, builder.mul(group, constant(group_bytes))))
+
+
 def _emit_spread(
-    builder: ir.IRBuilder, rule: str, source: ir.Value, target: ir.Value, first: ir.Value, last: ir.Value, own: Any
+    builder: ir.IRBuilder, rule: str, source: ir.Value, target: ir.Value, steps: ir.Value, own: Any
 ) -> None:
-    with cgutils.for_range(builder, builder.sub(last, first)) as step:
-        index = builder.add(first, step.index)
-        read = builder.add(source, builder.mul(index, constant(16 * BITS[rule])))
-        write = builder.add(target, builder.mul(index, constant(256)))
+    with cgutils.for_range(builder, steps) as step:
+        read = builder.add(source, builder.mul(step.index, constant(16 * BITS[rule])))
+        write = builder.add(target, builder.mul(step.index, constant(256)))
         for v, words in enumerate(pairs(builder, rule, read, own)):
             _ir.store(builder, words, builder.add(write, constant(64 * v)))

@@ -31,7 +31,6 @@ class Tile(NamedTuple):
     scale: str = ""  # dtype of the scales of groups along K that meet partial sums; "": there are none
     has_zeros: bool = False  # a zero point behind the scale of each group
     is_wide: bool = False  # rows of float32 meet codes
-    zero_bytes: int = 0  # of zero points behind the scales that are of no use any more
     in_parts: bool = False  # the sums of a group meet a factor of its row as well
 
     @property
@@ -59,7 +58,7 @@ class Tile(NamedTuple):
     def group_bytes(self) -> int:
         """Bytes of the scales and zero points of a group."""
         columns = self.lanes * self.vectors
-        return columns * (_spread.SCALE_BYTES[self.scale] + self.has_zeros) + self.zero_bytes if self.scale else 0
+        return columns * (_spread.SCALE_BYTES[self.scale] + self.has_zeros) if self.scale else 0
 
 
 class Operands(NamedTuple):
@@ -74,7 +73,7 @@ class Operands(NamedTuple):
     accumulate: ir.Value
     ahead: ir.Value
     asked: ir.Value
-    scales: ir.Value
+    asked_scales: ir.Value
     group_steps: ir.Value
     offsets: ir.Value  # of rows and groups: what sums of integers begin with, or the factors
     offsets_stride: ir.Value
@@ -85,8 +84,8 @@ def emit(tile: Tile) -> Any:
 
     @intrinsic
     def run(
-        typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, scales, group_steps,
-        offsets, offsets_stride,
+        typing_context, rows, a, a_stride, panel, steps, sums, half, accumulate, ahead, asked, asked_scales,
+        group_steps, offsets, offsets_stride,
     ):  # fmt: skip
         def codegen(context, builder, signature, arguments):
             rows, *operands = arguments
@@ -145,10 +144,17 @@ def _emit_groups(builder: ir.IRBuilder, tile: Tile, rows: int, p: Operands, plac
         first = builder.mul(group.index, p.group_steps)
         last = builder.add(first, p.group_steps)
         last = builder.select(builder.icmp_signed("<", last, p.steps), last, p.steps)
-        at = builder.add(p.scales, builder.mul(group.index, constant(tile.group_bytes)))
+        scales_before = builder.mul(group.index, constant(tile.group_bytes))
+        codes_before = builder.mul(first, constant(tile.step_bytes))
+        at = builder.add(builder.add(p.panel, scales_before), codes_before)
+        ahead = builder.add(p.ahead, builder.mul(group.index, p.asked_scales))
+        lines = builder.ashr(builder.add(p.asked_scales, constant(63)), constant(6))
+        _ir.prefetch_lines(builder, builder.add(ahead, builder.mul(first, p.asked)), lines)
         zeros = builder.add(at, constant(scale_bytes * columns)) if tile.has_zeros else None
         start = _starts(builder, tile, rows, p, group.index)
-        sums = _sum_over(builder, tile, rows, p, start, first, last, zeros)
+        panel = builder.add(p.panel, builder.add(scales_before, constant(tile.group_bytes)))
+        codes = p._replace(panel=panel, ahead=builder.add(ahead, p.asked_scales))
+        sums = _sum_over(builder, tile, rows, codes, start, first, last, zeros)
         known = builder.or_(resumes, builder.icmp_signed(">", group.index, constant(0)))
         known = _ir.splat(builder, known, tile.lanes)
         for v in range(tile.vectors):

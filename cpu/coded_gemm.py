@@ -17,7 +17,7 @@ from cumoe.cpu.epilogue import epilogue, put_rows, source_row
 _PAIRS_BYTES = 256  # of a step
 _PANEL_BYTES = 128 << 10  # of a panel between two passes over the rows: it stays in the L2 cache
 _FEW_BLOCKS = 2  # of rows: they make the numbers in their registers, more of them read what was made once
-_AHEAD_BYTES = 4096  # where codes become numbers on the way, a line lasts longer than one of bfloat16
+_AHEAD_BYTES = 6144  # of codes in a step's few lines; bytes that are multiplied as they come are like bfloat16
 _TOO_LARGE = {"bytes": 128, "nibbles": 8}
 
 
@@ -34,8 +34,11 @@ def steps_per_pass(made):
 
 
 def spread_bytes(made):
-    """Bytes of the numbers that a piece of a panel is spread to."""
-    return steps_per_pass(made) * _PAIRS_BYTES if made.spreads else 0
+    """Bytes of the numbers that a piece of a panel is spread to, and of their scales."""
+    if not made.spreads:
+        return 0
+    steps, group_bytes = steps_per_pass(made), made.tile_of_pairs(True).group_bytes
+    return steps * _PAIRS_BYTES + (steps // made.group_steps * group_bytes if made.group else 0)
 
 
 @functools.cache
@@ -49,14 +52,14 @@ def worker(made, kernel, dtype, activation, rule):
         inner=True,
         tile=_vector_tile.emit(tile),
         tile_of_pairs=_vector_tile.emit(pairs),
-        spread=_spread.spread(made.kind, made.has_zeros) if made.spreads else _nothing_to_spread,
+        spread=_spread.spread(made.kind, made.scale, made.has_zeros) if made.spreads else _nothing_to_spread,
         spreads=made.spreads,
         max_rows=tile.max_rows,
         max_rows_of_pairs=pairs.max_rows,
         row_step_bytes=4 * tile.row_words,
         pass_steps=steps_per_pass(made),
         few_blocks=_FEW_BLOCKS,
-        ahead_bytes=kernel.ahead_bytes if made.is_integer else _AHEAD_BYTES,
+        ahead_bytes=kernel.ahead_bytes if made.kind == "bytes" else _AHEAD_BYTES,
         is_integer=made.is_integer,
         **sizes,
     )(_multiply_codes)
@@ -75,7 +78,7 @@ def worker(made, kernel, dtype, activation, rule):
 
 
 @jit(inline=True, inner=True)
-def _nothing_to_spread(source, steps, target, zeros, group_steps, group_bytes):
+def _nothing_to_spread(source, steps, target, group_steps):
     """Codes become numbers on the way, or none at all."""
 
 
@@ -142,32 +145,31 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
     starts = a + sums.shape[1] * stride
     steps, group_steps = k_padded // step, group // step
     groups = (k_padded + group - 1) // group if group else 1
-    scales = panel + steps * step_bytes
     half = sums.shape[1] * sums.shape[2] * 4
     blocks = (rows + max_rows - 1) // max_rows
     from_memory = spreads and blocks > few_blocks
     if from_memory:
         blocks = (rows + max_rows_of_pairs - 1) // max_rows_of_pairs
-    share = (step_bytes + blocks - 1) // blocks
+    scale_bytes = group_bytes // group_steps if group else 0  # of a step
+    share = step_bytes if blocks == 1 else (step_bytes + scale_bytes + blocks - 1) // blocks
     piece_steps = steps if blocks == 1 else pass_steps
     for first in range(0, steps, piece_steps):
         count = min(piece_steps, steps - first)
         first_group = first // group_steps if group else 0
-        piece = panel + first * step_bytes
-        scale = scales + first_group * group_bytes
+        piece = panel + first * step_bytes + first_group * group_bytes
         if from_memory:
-            spread(piece, count, numbers.ctypes.data, scale + group_bytes - 64, group_steps, group_bytes)
+            spread(piece, count, numbers.ctypes.data, group_steps)
         first_row = 0
         for block in range(blocks):
             block_rows = rows // blocks + (1 if block < rows % blocks else 0)
-            ahead, asked = piece, 0
+            ahead, asked, asked_scales = piece, 0, 0
             if more:
-                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * share)
-                asked = share
+                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + scale_bytes + block * share)
+                asked, asked_scales = share, group_bytes if blocks == 1 else 0
             row = a + first_row * stride + first * row_step_bytes
             target = sums.ctypes.data + first_row * sums.shape[2] * 4
             start = starts + (first_row * groups + first_group) * 4
-            last = scale, group_steps, start, groups * 4
+            last = asked_scales, group_steps, start, groups * 4
             if from_memory:
                 source = numbers.ctypes.data
                 tile_of_pairs(block_rows, row, stride, source, count, target, half, first, ahead, asked, *last)

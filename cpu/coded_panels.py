@@ -1,14 +1,16 @@
 """
 Panels of codes: small formats in the order in which a micro-kernel turns them into numbers in its registers.
 
-A panel has 64 columns, the gate rows of 32 outputs and then their up rows, or 64 rows. It holds all steps of K, then
-the scales of each group along K, 64 side by side, and behind them the zero points of the group, if there are any. How
-a step lies in memory: `_spread.py` for pairs of bfloat16, `_vector_tile.py` for integers.
+A panel has 64 columns, the gate rows of 32 outputs and then their up rows, or 64 rows. It holds all steps of K, and
+before those of each group along K the scales of the group, 64 side by side, and its zero points, if there are any: one
+stream of bytes, so that nothing is fetched from elsewhere on the way. How a step lies in memory: `_spread.py` for pairs
+of bfloat16, `_vector_tile.py` for integers.
 """
 
 import functools
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from cumoe.cpu import rows as row_loop
@@ -20,7 +22,9 @@ COLUMNS = 64
 _KIND = {"int4": "int4", "mxfp4": "e2m1", "nvfp4": "e2m1", "fp8": "fp8", "mxfp8": "fp8", "int8": "int8"}
 _KIND["uint8"] = "int8"
 _INTEGER_KIND = {"int8": "bytes", "uint8": "bytes", "int4": "nibbles"}
+_OF_A_BYTE = "fp8", "int8", "bytes"
 _SCALE = {"mxfp4": "e8m0", "mxfp8": "e8m0", "nvfp4": "e4m3"}
+_NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FOUR_BITS, _EIGHT_BITS, _PRODUCTS = {"avx512f", "avx512bw"}, {"avx512vbmi"}, {"avx512vnni"}
 KERNELS = ("avx512bf16", "avx512")
 _INTEGER_COLUMNS = 2**31 // 128**2  # of so many products of two int8 codes a sum may leave int32
@@ -87,8 +91,7 @@ class Layout(NamedTuple):
     def tile_of_pairs(self, narrow: bool) -> Tile:
         """The micro-kernel for pairs of bfloat16 that the codes were spread to."""
         kind, rows = ("dot", 6) if narrow else ("bfloat16", 5)
-        zero_bytes = COLUMNS * self.has_zeros
-        return Tile(kind, rows, 4, 16, True, self.scale, zero_bytes=zero_bytes, in_parts=self.in_parts)
+        return Tile(kind, rows, 4, 16, True, self.scale, in_parts=self.in_parts)
 
 
 def layout(weight_format, k, kernel):
@@ -134,8 +137,19 @@ def panel_shape(made, weights_shape, k, gated):
     return experts, -(-outputs // side), made.panel_bytes(k)
 
 
+def narrowed(made, scale):
+    """The layout, and the scales of 16 bits in place of float32 if they are the same numbers: half the bytes."""
+    if made.scale == "float32":
+        for name, dtype in _NARROW.items():
+            with np.errstate(over="ignore"):
+                narrow = scale.astype(dtype)
+            if (narrow.astype(np.float32) == scale).all():
+                return made._replace(scale=name), narrow.view(np.uint16)
+    return made, scale
+
+
 def pack_weights(codes, weight_format, made, k, gated, order, out):
-    """Pack codes (E, N, K), or (E, N, K/2) of four bits, into `out` of `panel_shape`."""
+    """Pack codes (E, N, K), or (E, N, K/2) of four bits, into `out` of `panel_shape`; scales as `made` says."""
     f = weight_format
     zeros = np.empty((0, 0, 0), np.uint8) if f.zero_points is None else f.zero_points
     side = COLUMNS // 2 if gated else COLUMNS
@@ -156,6 +170,7 @@ def pack_panel(made, rule):
         group_rows=made.group_rows,
         scale_bytes=made.group_bytes - COLUMNS * made.has_zeros,
         has_zeros=made.has_zeros,
+        columns_per_byte=1 if made.kind in _OF_A_BYTE else 2,
     )(_pack_panel)
 
 
@@ -197,7 +212,7 @@ def _row_of(column, panel, first_gate, first_up, distance, outputs, side):
 # ---- templates; jit(...) gives the names below their values ----
 
 change = fill = pack = None
-step = step_bytes = group_rows = 1
+step = step_bytes = group_rows = columns_per_byte = 1
 group = scale_bytes = 0
 has_zeros = False
 
@@ -216,20 +231,22 @@ def _pack_panel(codes, scale, zeros, expert, panel, order, k_padded, target):
     rows = np.empty(64, np.int64)
     for c in range(64):
         rows[c] = _row_of(c, panel, *order)
-    end = k_padded // step * step_bytes
-    target[:end] = 0
-    fill(codes[expert], rows, target)
+    target[:] = 0
     if group == 0:
+        fill(codes[expert], rows, target)
         return
+    at, width = 0, group // columns_per_byte
     for g in range((k_padded + group - 1) // group):
-        scales = target[end : end + scale_bytes].view(scale.dtype)
+        scales = target[at : at + scale_bytes].view(scale.dtype)
         for c in range(64):
             scales[c] = scale[expert, rows[c] // group_rows, g] if rows[c] >= 0 else 0
-        end += scale_bytes
+        at += scale_bytes
         if has_zeros:
             for c in range(64):
-                target[end + c] = zeros[expert, rows[c] // group_rows, g] if rows[c] >= 0 else np.uint8(0)
-            end += 64
+                target[at + c] = zeros[expert, rows[c] // group_rows, g] if rows[c] >= 0 else np.uint8(0)
+            at += 64
+        fill(codes[expert, :, g * width : (g + 1) * width], rows, target[at:])
+        at += group // step * step_bytes
 
 
 def _fill_four(codes, rows, target):

@@ -71,8 +71,10 @@ def pack_codes(codes, weight_format, k, gated, interleaved):
     if made is None:
         arrays = {name: array.copy() for name, array in weight_format._asdict().items() if hasattr(array, "shape")}
         return codes.copy(), weight_format._replace(**arrays)
+    made, scale = coded_panels.narrowed(made, weight_format.scale)
     out = np.empty(coded_panels.panel_shape(made, codes.shape, k, gated), np.uint8)
-    coded_panels.pack_weights(codes, weight_format, made, k, gated, row_order(codes.shape[1], gated, interleaved), out)
+    order = row_order(codes.shape[1], gated, interleaved)
+    coded_panels.pack_weights(codes, weight_format._replace(scale=scale), made, k, gated, order, out)
     nothing = np.empty((0, 0, 0), weight_format.scale.dtype)
     return out, weight_format._replace(scale=nothing, zero_points=None, panels=made)
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not KERNELS, reason="no micro-kernel here multip
 def product(x, codes, form, dtype, kernel, rows_of_expert):
     """Rows x times the only expert's codes, as float64."""
     bits = x.astype(dtype).view(np.uint16) if dtype == "bfloat16" else x.astype(dtype)
-    out = np.full((len(x), codes.shape[1]), 7, bits.dtype)
+    outputs = codes.shape[1] if form.panels is None else codes.shape[1] * coded_panels.COLUMNS
+    out = np.full((len(x), outputs), 7, bits.dtype)
     offsets = np.array([0, rows_of_expert], np.int64)
     grouped_gemm.grouped_gemm(
         bits, np.empty(0, np.int32), 0, NOTHING, codes, form, offsets, NO_MATRIX, NOTHING, NOTHING, NO_MATRIX, "",
@@ -106,16 +107,61 @@ def test_packed_codes_belong_to_kernels_that_read_them():
     assert cumoe.fused_experts(*given).tobytes() == plain.tobytes()
 
 
+@pytest.mark.parametrize(("number", "scale_bytes"), [(1.0, 2), (1 + 2**-9, 2), (1.5 * 2**16, 2), (1e5 + 1, 4), (np.nan, 4)])
 @pytest.mark.parametrize("rule", ["fp8", "int8", "int4", "mxfp4"])
-def test_panels_hold_codes_and_scales_and_no_more(rule):
-    """The bytes of a matrix whose sizes fill panels: a code is as large as it was, a scale has four bytes or one."""
+def test_panels_hold_codes_and_scales_and_no_more(rule, number, scale_bytes):
+    """
+    The bytes of a matrix whose sizes fill panels: a code is as large as it was, and so is a scale of one byte.
+
+    Others have two bytes where bfloat16 or float16 hold every one of them exactly, else four.
+    """
     n, k, packed = 128, 256, rule in ("int4", "mxfp4")
     scale, scale_dtype = np.ones((1, n, k // 32), np.float32), "float32"
     if rule == "mxfp4":
-        scale, scale_dtype = scale.astype(np.uint8), "uint8"
+        scale, scale_dtype, scale_bytes = scale.astype(np.uint8), "uint8", 1
+    else:
+        scale[0, 3, 5] = number
     form = WeightFormat(rule, scale, scale_dtype, None, np.ones(1, np.float32), 1, 32)
     codes, made = pack.pack_codes(np.zeros((1, n, k // (1 + packed)), np.uint8), form, k, False, False)
-    assert codes.nbytes == n * k // (1 + packed) + scale.nbytes and made.scale.size == 0
+    assert codes.nbytes == n * k // (1 + packed) + scale.size * scale_bytes and made.scale.size == 0
+
+
+@pytest.mark.parametrize("number", [1.0, 1 + 2**-9, 1 + 2**-20], ids=["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rule", ["fp8", "int8", "int4", "int4 and zero points"])
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS)
+def test_scales_of_every_size_meet_their_groups(dtype, kernel, rule, number):
+    """
+    All scales are powers of two but one, which a single element meets, so that all sums are exact.
+
+    K is more than one piece of a panel, and its last group is not whole.
+    """
+    n, k, group, rows = 64, 2600, 32, 40
+    rng = np.random.default_rng(0)
+    scale = np.exp2(rng.integers(-2, 3, (1, n, -(-k // group)))).astype(np.float32)
+    scale[0, 7, 0] = number
+    whole, x = rng.integers(-7, 8, (n, k)), rng.integers(-1, 2, (rows, k)).astype(np.float32)
+    x[:, :group] = 0
+    x[0] = np.eye(1, k)
+    zeros = None
+    if rule == "fp8":
+        codes = whole.astype(E4M3).view(np.uint8)
+    elif rule == "int8":
+        codes = whole.astype(np.int8)
+    else:
+        origin = 8
+        if "zero" in rule:
+            zeros = rng.integers(0, 16, scale.shape).astype(np.uint8)
+            origin = zeros[0].repeat(group, axis=1)[:, :k]
+        codes = (np.clip(whole + origin, 0, 15)).astype(np.uint8)
+        whole, codes = codes.astype(np.int64) - origin, codes[:, ::2] | codes[:, 1::2] << 4
+    form = WeightFormat(rule[:4].rstrip(), scale, "float32", zeros, np.ones(1, np.float32), 1, group)
+    expected = x.astype(np.float64) @ (whole * scale[0].astype(np.float64).repeat(group, axis=1)[:, :k]).T
+    expected = expected.astype(dtype).astype(np.float64)
+    packed = pack.pack_codes(codes[None], form, k, False, False)
+    assert packed[1].panels.scale == {1.0: "bfloat16", 1 + 2**-9: "float16"}.get(number, "float32")
+    for given in ((codes[None], form), packed):
+        for count in (1, rows):
+            np.testing.assert_array_equal(product(x[:count], *given, dtype, kernel, count), expected[:count])
 
 
 def test_integers_add_up_only_where_int32_holds_the_sum():
