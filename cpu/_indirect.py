@@ -10,6 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 
@@ -22,7 +23,13 @@ def address_for(function: Any, known: tuple[types.Type, ...]) -> int:
 
 @intrinsic
 def call(typing_context: Any, where: Any, arguments: Any) -> Any:
-    """Call the function at address `where` with the elements of a tuple, of exactly the types it was compiled for."""
+    """
+    Call the function at address `where` with the elements of a tuple, of exactly the types it was compiled for.
+
+    An unsigned address stands for a signed one; a float64 is refused, for that is what both together become in Numba.
+    """
+    if types.float64 in arguments.types:
+        raise TypingError(f"an address is signed on one way and unsigned on another: {arguments}")
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         given = signature.args[1].types

@@ -9,8 +9,9 @@ to a row's sums is taken off where they begin.
 import functools
 
 import numpy as np
+from numba import types
 
-from cumoe.cpu import _intrinsics, _spread, _vector_tile, coded_panels, pack
+from cumoe.cpu import _indirect, _intrinsics, _spread, _vector_tile, coded_panels, pack
 from cumoe.cpu._jit import jit
 from cumoe.cpu.epilogue import epilogue, put_rows, source_row
 
@@ -41,13 +42,16 @@ def spread_bytes(made):
     return steps * _PAIRS_BYTES + (steps // made.group_steps * group_bytes if made.group else 0)
 
 
+def _sizes(made):
+    return {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
+
+
 @functools.cache
-def worker(made, kernel, dtype, activation, rule):
-    """The compiled loop of one thread over tasks; `rule` is that of codes that are not packed, else ""."""
+def multiplier(made, kernel):
+    """Where the machine code of `_multiply_codes` begins: it is compiled by itself, once for all loops over tasks."""
     narrow = kernel.row_dtype == "bfloat16"
     tile = made.tile(narrow)
     pairs = made.tile_of_pairs(narrow) if made.spreads else tile
-    sizes = {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
     multiply = jit(
         inner=True,
         tile=_vector_tile.emit(tile),
@@ -57,23 +61,29 @@ def worker(made, kernel, dtype, activation, rule):
         max_rows=tile.max_rows,
         max_rows_of_pairs=pairs.max_rows,
         row_step_bytes=4 * tile.row_words,
+        item_bytes=1 if made.is_integer else 2 if narrow else 4,
+        side_bytes=coded_panels.COLUMNS // 2 * 4,
         pass_steps=steps_per_pass(made),
         few_blocks=_FEW_BLOCKS,
         ahead_bytes=kernel.ahead_bytes if made.kind == "bytes" else _AHEAD_BYTES,
-        is_integer=made.is_integer,
-        **sizes,
+        **_sizes(made),
     )(_multiply_codes)
+    return _indirect.address_for(multiply, (types.int64,) * 7 + (types.boolean,))
+
+
+@functools.cache
+def worker(made, kernel, dtype, activation, rule):
+    """The compiled loop of one thread over tasks; `rule` is that of codes that are not packed, else ""."""
     integers = jit(inner=True, group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
     return jit(
         inner=True,
-        multiply=multiply,
         load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
         pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
         put_factors=jit(inline=True, inner=True, group=made.group)(_put_part_factors)
         if made.in_parts
         else _no_part_factors,
         finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes, made.is_integer and not made.group),
-        **sizes,
+        **_sizes(made),
     )(_work_codes)
 
 
@@ -94,12 +104,11 @@ def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
 
 # ---- templates; jit(...) gives the names below their values ----
 
-max_rows = max_rows_of_pairs = row_step_bytes = pass_steps = ahead_bytes = group = group_bytes = too_large = (
-    few_blocks
-) = 0
+max_rows = max_rows_of_pairs = row_step_bytes = item_bytes = side_bytes = pass_steps = few_blocks = ahead_bytes = 0
+group = group_bytes = too_large = 0
 step = step_bytes = 1
-is_integer = spreads = False
-tile = tile_of_pairs = spread = load = multiply = load_rows = put_factors = pack_one = finish = None
+spreads = False
+tile = tile_of_pairs = spread = load_rows = put_factors = pack_one = finish = None
 
 
 def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
@@ -133,19 +142,18 @@ def _put_part_factors(problem, row_block, room, row0, rows):
             place[r * groups + g] = p.part_factor[row, g]
 
 
-def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
+def _multiply_codes(rows, room, row_block, panel, k_padded, numbers, sums, more):
     """
     ``sums[:, :rows] = row_block @ panel``; with `more`, the next weights are asked for meanwhile.
 
-    For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first. Integers without groups leave the
-    bits of int32.
+    The operands are addresses; each half of `sums` has `room` rows, and behind as many of `row_block` is what they
+    begin with. For many rows a piece of the panel becomes pairs of bfloat16 in `numbers` first. Integers without
+    groups leave the bits of int32.
     """
-    a = row_block.ctypes.data
-    stride = k_padded * (1 if is_integer else row_block.itemsize)
-    starts = a + sums.shape[1] * stride
+    stride = k_padded * item_bytes
+    starts = row_block + room * stride
     steps, group_steps = k_padded // step, group // step
     groups = (k_padded + group - 1) // group if group else 1
-    half = sums.shape[1] * sums.shape[2] * 4
     blocks = (rows + max_rows - 1) // max_rows
     from_memory = spreads and blocks > few_blocks
     if from_memory:
@@ -158,7 +166,7 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
         first_group = first // group_steps if group else 0
         piece = panel + first * step_bytes + first_group * group_bytes
         if from_memory:
-            spread(piece, count, numbers.ctypes.data, group_steps)
+            spread(piece, count, numbers, group_steps)
         first_row = 0
         for block in range(blocks):
             block_rows = rows // blocks + (1 if block < rows % blocks else 0)
@@ -166,13 +174,12 @@ def _multiply_codes(rows, row_block, panel, k_padded, more, numbers, sums):
             if more:
                 ahead += ahead_bytes if blocks == 1 else count * (step_bytes + scale_bytes + block * share)
                 asked, asked_scales = share, group_bytes if blocks == 1 else 0
-            row = a + first_row * stride + first * row_step_bytes
-            target = sums.ctypes.data + first_row * sums.shape[2] * 4
+            row = row_block + first_row * stride + first * row_step_bytes
+            target, half = sums + first_row * side_bytes, room * side_bytes
             start = starts + (first_row * groups + first_group) * 4
             last = asked_scales, group_steps, start, groups * 4
             if from_memory:
-                source = numbers.ctypes.data
-                tile_of_pairs(block_rows, row, stride, source, count, target, half, first, ahead, asked, *last)
+                tile_of_pairs(block_rows, row, stride, numbers, count, target, half, first, ahead, asked, *last)
             else:
                 tile(block_rows, row, stride, piece, count, target, half, first, ahead, asked, *last)
             first_row += block_rows
@@ -183,22 +190,23 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
     p = problem
     outputs, is_packed = p.out.shape[1], panel_block.size == 0
     panel_bytes = p.k_padded // step * step_bytes + ((p.k_padded + group - 1) // group * group_bytes if group else 0)
-    order = p.first_gate, p.first_up, p.distance, outputs, p.side
+    order, room = (p.first_gate, p.first_up, p.distance, outputs, p.side), sums.shape[1]
+    operands = p.k_padded, decoded.ctypes.data, sums.ctypes.data, is_packed
     while True:
         task = _intrinsics.next_task(counter)
         if task >= tasks.shape[0] or tasks[task, 2] == 0:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         load_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
-        put_factors(p, row_block, sums.shape[1], row0, rows)
-        put_rows(p, edges, sums.shape[1], row0, rows)
+        put_factors(p, row_block, room, row0, rows)
+        put_rows(p, edges, room, row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if is_packed:
-                address = p.weights.ctypes.data + (expert * p.weights.shape[1] + panel) * panel_bytes
+                address = np.int64(p.weights.ctypes.data) + (expert * p.weights.shape[1] + panel) * panel_bytes
             else:
-                address = panel_block.ctypes.data
+                address = np.int64(panel_block.ctypes.data)
                 target = panel_block.view(np.uint8)
                 pack_one(p.weights, p.scale, p.zero_points, expert, panel, order, p.k_padded, target)
-            multiply(rows, row_block, address, p.k_padded, is_packed, decoded, sums)
+            _indirect.call(p.multiply, (rows, room, row_block.ctypes.data, address, *operands))
             width = min(p.side, outputs - panel * p.side)
             finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)

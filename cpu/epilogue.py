@@ -84,9 +84,10 @@ def _in_registers(problem, sums, codes, edges, expert, row0, rows, column0, widt
     _put_columns(p, columns[:half], columns[2 * half : 3 * half], expert, p.first_gate, column0)
     _put_columns(p, columns[half : 2 * half], columns[3 * half :], expert, up, second)
     full, size = half if gated else 2 * half, p.out.itemsize
-    target, stride = codes.ctypes.data, full * size
+    target, stride = np.int64(codes.ctypes.data), full * size  # an unsigned one would make floats of both
     if width == full:
-        target, stride = p.out.ctypes.data + row0 * p.out.strides[0] + column0 * size, p.out.strides[0]
+        target = np.int64(p.out.ctypes.data) + row0 * p.out.strides[0] + column0 * size
+        stride = p.out.strides[0]
     rows_at, columns_at, halves = edges.ctypes.data, columns.ctypes.data, (sums.ctypes.data, room * half * 4)
     finish(*halves, rows, rows_at, room * 4, columns_at, target, stride, p.alpha, p.beta, p.limit)
     if width < full:

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe.cpu import _amx, _intrinsics, _tasks, coded_gemm, coded_panels, decoded_panel, microkernel, pack
+from cumoe.cpu import (
+    _amx,
+    _indirect,
+    _intrinsics,
+    _tasks,
+    coded_gemm,
+    coded_panels,
+    decoded_panel,
+    microkernel,
+    pack,
+    panel_gemm,
+)
 from cumoe.cpu._jit import jit
 from cumoe.cpu.epilogue import edge_size, epilogue, put_rows
 
@@ -79,6 +90,7 @@ def grouped_gemm(
 
     packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
     problem = _Problem(
+        coded_gemm.multiplier(made, kern) if made else panel_gemm.multiplier(kern),
         x,
         permuted_idx,
         top_k,
@@ -149,6 +161,7 @@ def explain(num_pairs, num_experts, hidden_size, intermediate_size, dtype, code_
 class _Problem(NamedTuple):
     """What every task of a call shares."""
 
+    multiply: int  # address of the code that multiplies rows with a panel
     x: Any
     permuted_idx: Any
     top_k: int
@@ -184,18 +197,8 @@ _NO_PANELS = {size: np.empty((0, 0, 0, 0, 0), dtype) for size, dtype in ((4, "fl
 @functools.cache
 def _worker(kernel, dtype, activation, coded):
     """The compiled loop of one thread over tasks; `coded` is `decoded_panel.names`."""
-    multiply = jit(
-        inner=True,
-        tile=kernel.tile,
-        max_rows=kernel.max_rows,
-        row_group=kernel.row_group,
-        k_step=kernel.k_step,
-        ahead_bytes=kernel.ahead_bytes,
-        fetches_next=kernel.fetches_next,
-    )(_multiply_panel)
     return jit(
         inner=True,
-        multiply=multiply,
         pack_rows=pack.pack_rows(kernel, dtype),
         pack_panel=decoded_panel.pack_decoded(kernel, dtype, *coded) if coded else _pack_plain(kernel),
         finish=epilogue(activation, dtype, kernel.columns // 2, kernel.lanes),
@@ -215,9 +218,7 @@ def _nothing():
 
 # ---- templates; jit(...) gives the names below their values ----
 
-max_rows = row_group = k_step = ahead_bytes = 0
-fetches_next = False
-tile = multiply = pack_one = pack_rows = pack_panel = finish = release = None
+pack_one = pack_rows = pack_panel = finish = release = None
 
 
 def _pack_plain_panel(problem, expert, panel, decoded, target):
@@ -225,71 +226,26 @@ def _pack_plain_panel(problem, expert, panel, decoded, target):
     pack_one(p.weights, expert, panel, p.first_gate, p.first_up, p.distance, p.out.shape[1], target)
 
 
-def _multiply_panel(rows, row_block, panel, panel_bytes, k_padded, steps_per_pass, more, sums):
-    """
-    ``sums[:, :rows] = row_block @ panel``, a piece of K at a time so that the piece of the panel stays in cache.
-
-    With `more`, the weights that follow this piece in memory are asked for meanwhile, each row block its share.
-    """
-    steps = k_padded // k_step
-    step_bytes = panel_bytes // steps
-    group_bytes = row_group * k_padded * row_block.itemsize
-    blocks = (rows + max_rows - 1) // max_rows
-    share = (step_bytes + blocks - 1) // blocks
-    if blocks == 1:  # no block comes back to the piece: read it in one go
-        steps_per_pass = steps
-    for step in range(0, steps, steps_per_pass):
-        count = min(steps_per_pass, steps - step)
-        piece = panel + step * step_bytes
-        first_row = 0
-        for block in range(blocks):
-            if row_group == 1:  # blocks of almost one size
-                block_rows = rows // blocks + (1 if block < rows % blocks else 0)
-            else:
-                block_rows = min(max_rows, rows - first_row)
-            ahead, asked = piece, 0  # the piece is in the cache: asking for it costs nothing
-            if more and (blocks == 1 or fetches_next):
-                # one block of rows reads this piece as it comes from memory; several leave time to fetch the next
-                ahead += ahead_bytes if blocks == 1 else count * (step_bytes + block * share)
-                asked = share
-            tile(
-                block_rows,
-                row_block.ctypes.data + first_row // row_group * group_bytes + step * (group_bytes // steps),
-                group_bytes,
-                piece,
-                count,
-                sums.ctypes.data + first_row * sums.shape[2] * 4,
-                sums.shape[1] * sums.shape[2] * 4,
-                step,
-                ahead,
-                asked,
-                0,
-                0,
-                0,
-                0,
-            )
-            first_row += block_rows
-
-
 def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes, edges):
     """Take tasks until none is left."""
     p = problem
     outputs = p.out.shape[1]
     panel_bytes = p.k_padded * 2 * sums.shape[2] * panel_block.itemsize
+    room, rest = sums.shape[1], (panel_bytes, p.k_padded, p.steps_per_pass, sums.ctypes.data, p.panels.size > 0)
     while True:
         task = _intrinsics.next_task(counter)
         if task >= tasks.shape[0] or tasks[task, 2] == 0:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
         pack_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
-        put_rows(p, edges, sums.shape[1], row0, rows)
+        put_rows(p, edges, room, row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if p.panels.size:
-                panel_address = p.panels.ctypes.data + (expert * p.panels.shape[1] + panel) * panel_bytes
+                panel_address = np.int64(p.panels.ctypes.data) + (expert * p.panels.shape[1] + panel) * panel_bytes
             else:
                 pack_panel(p, expert, panel, decoded, panel_block)
-                panel_address = panel_block.ctypes.data
-            multiply(rows, row_block, panel_address, panel_bytes, p.k_padded, p.steps_per_pass, p.panels.size > 0, sums)
+                panel_address = np.int64(panel_block.ctypes.data)
+            _indirect.call(p.multiply, (rows, room, row_block.ctypes.data, panel_address, *rest))
             width = min(p.side, outputs - panel * p.side)
             finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)
     release()
