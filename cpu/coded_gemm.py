@@ -8,6 +8,7 @@ to a row's sums is taken off where they begin.
 
 import functools
 
+import numba
 import numpy as np
 from numba import types
 
@@ -42,10 +43,6 @@ def spread_bytes(made):
     return steps * _PAIRS_BYTES + (steps // made.group_steps * group_bytes if made.group else 0)
 
 
-def _sizes(made):
-    return {"step": made.step, "step_bytes": made.step_bytes, "group": made.group, "group_bytes": made.group_bytes}
-
-
 @functools.cache
 def multiplier(made, kernel):
     """Where the machine code of `_multiply_codes` begins: it is compiled by itself, once for all loops over tasks."""
@@ -66,24 +63,41 @@ def multiplier(made, kernel):
         pass_steps=steps_per_pass(made),
         few_blocks=_FEW_BLOCKS,
         ahead_bytes=kernel.ahead_bytes if made.kind == "bytes" else _AHEAD_BYTES,
-        **_sizes(made),
+        step=made.step,
+        step_bytes=made.step_bytes,
+        group=made.group,
+        group_bytes=made.group_bytes,
     )(_multiply_codes)
     return _indirect.address_for(multiply, (types.int64,) * 7 + (types.boolean,))
 
 
+def packer(made, rule, codes, scale, zeros):
+    """Where the machine code begins that packs a panel of arrays of these types."""
+    kinds = tuple(map(numba.typeof, (codes, scale, zeros)))
+    return _packer(made._replace(in_parts=False), rule, kinds)
+
+
 @functools.cache
-def worker(made, kernel, dtype, activation, rule):
-    """The compiled loop of one thread over tasks; `rule` is that of codes that are not packed, else ""."""
-    integers = jit(inner=True, group=made.group, too_large=_TOO_LARGE.get(made.kind, 0))(_load_integers)
+def _packer(made, rule, kinds):
+    rest = types.int64, types.int64, types.UniTuple(types.int64, 5), types.int64, types.uint8[::1]
+    return _indirect.address_for(coded_panels.pack_panel(made, rule), kinds + rest)
+
+
+def worker(made, kernel, dtype, activation):
+    """The compiled loop of one thread over tasks."""
+    too_large = _TOO_LARGE[made.kind] if made.is_integer else 0
+    return _worker(too_large, made.is_integer and not made.group, made.in_parts, kernel, dtype, activation)
+
+
+@functools.cache
+def _worker(too_large, sums_are_integers, in_parts, kernel, dtype, activation):
+    integers = jit(inline=True, inner=True, too_large=too_large)(_load_integers)
+    numbers = jit(inline=True, inner=True, pack_rows=pack.pack_rows(kernel, dtype))(_load_numbers)
     return jit(
         inner=True,
-        load_rows=integers if made.is_integer else pack.pack_rows(kernel, dtype),
-        pack_one=coded_panels.pack_panel(made, rule) if rule else _nothing,
-        put_factors=jit(inline=True, inner=True, group=made.group)(_put_part_factors)
-        if made.in_parts
-        else _no_part_factors,
-        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes, made.is_integer and not made.group),
-        **_sizes(made),
+        load_rows=integers if too_large else numbers,
+        put_factors=_put_part_factors if in_parts else _no_part_factors,
+        finish=epilogue(activation, dtype, coded_panels.COLUMNS // 2, kernel.lanes, sums_are_integers),
     )(_work_codes)
 
 
@@ -97,9 +111,16 @@ def _no_part_factors(problem, row_block, room, row0, rows):
     """No row has any."""
 
 
-@jit(inner=True)
-def _nothing(codes, scale, zeros, expert, panel, order, k_padded, target):
-    """Panels that are packed already."""
+@jit(inline=True, inner=True)
+def _put_part_factors(problem, row_block, room, row0, rows):
+    """The factors of each row and group, behind the `room` rows of a block."""
+    p = problem
+    groups = (p.k_padded + p.group - 1) // p.group
+    place = row_block.view(np.float32)[room * p.k_padded * row_block.itemsize // 4 :]
+    for r in range(rows):
+        row = source_row(p, row0 + r)
+        for g in range(groups):
+            place[r * groups + g] = p.part_factor[row, g]
 
 
 # ---- templates; jit(...) gives the names below their values ----
@@ -108,18 +129,24 @@ max_rows = max_rows_of_pairs = row_step_bytes = item_bytes = side_bytes = pass_s
 group = group_bytes = too_large = 0
 step = step_bytes = 1
 spreads = False
-tile = tile_of_pairs = spread = load_rows = put_factors = pack_one = finish = None
+tile = tile_of_pairs = spread = pack_rows = load_rows = put_factors = finish = None
 
 
-def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
+def _load_numbers(problem, row0, rows, target):
+    p = problem
+    pack_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, target)
+
+
+def _load_integers(problem, row0, rows, target):
     """Rows of int8 codes, and behind all rows what the sums of each row and group begin with."""
-    k_size, width = x.shape[1], group if group else k_padded
+    p = problem
+    x, k_padded = p.x, p.k_padded
+    k_size, width = x.shape[1], p.group if p.group else k_padded
     parts = (k_padded + width - 1) // width
     room = target.view(np.int8)
     starts = room[room.size // (k_padded + 4 * parts) * k_padded :].view(np.int32)
     for r in range(rows):
-        pair_id = np.int64(permuted_idx[row0 + r]) if permuted_idx.size else row0 + r
-        line = x[pair_id // top_k if top_k else row0 + r]
+        line = x[source_row(p, row0 + r)]
         row = room[r * k_padded : (r + 1) * k_padded]
         for k in range(k_size):
             row[k] = line[k]
@@ -129,17 +156,6 @@ def _load_integers(x, permuted_idx, top_k, scale, row0, rows, k_padded, target):
             for code in line[part * width : (part + 1) * width]:
                 total += np.int32(code)
             starts[r * parts + part] = np.int32(-too_large) * total
-
-
-def _put_part_factors(problem, row_block, room, row0, rows):
-    """The factors of each row and group, behind the `room` rows of a block."""
-    p = problem
-    groups = (p.k_padded + group - 1) // group
-    place = row_block.view(np.float32)[room * p.k_padded * row_block.itemsize // 4 :]
-    for r in range(rows):
-        row = source_row(p, row0 + r)
-        for g in range(groups):
-            place[r * groups + g] = p.part_factor[row, g]
 
 
 def _multiply_codes(rows, room, row_block, panel, k_padded, numbers, sums, more):
@@ -189,7 +205,6 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
     """Take tasks until none is left."""
     p = problem
     outputs, is_packed = p.out.shape[1], panel_block.size == 0
-    panel_bytes = p.k_padded // step * step_bytes + ((p.k_padded + group - 1) // group * group_bytes if group else 0)
     order, room = (p.first_gate, p.first_up, p.distance, outputs, p.side), sums.shape[1]
     operands = p.k_padded, decoded.ctypes.data, sums.ctypes.data, is_packed
     while True:
@@ -197,16 +212,16 @@ def _work_codes(problem, tasks, counter, row_block, decoded, panel_block, sums, 
         if task >= tasks.shape[0] or tasks[task, 2] == 0:
             break
         expert, row0, rows, first_panel = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
-        load_rows(p.x, p.permuted_idx, p.top_k, p.input_scale, row0, rows, p.k_padded, row_block)
+        load_rows(p, row0, rows, row_block)
         put_factors(p, row_block, room, row0, rows)
         put_rows(p, edges, room, row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if is_packed:
-                address = np.int64(p.weights.ctypes.data) + (expert * p.weights.shape[1] + panel) * panel_bytes
+                address = np.int64(p.weights.ctypes.data) + (expert * p.weights.shape[1] + panel) * p.panel_bytes
             else:
                 address = np.int64(panel_block.ctypes.data)
-                target = panel_block.view(np.uint8)
-                pack_one(p.weights, p.scale, p.zero_points, expert, panel, order, p.k_padded, target)
+                codes_of = p.weights, p.scale, p.zero_points
+                _indirect.call(p.pack, (*codes_of, expert, panel, order, p.k_padded, panel_block.view(np.uint8)))
             _indirect.call(p.multiply, (rows, room, row_block.ctypes.data, address, *operands))
             width = min(p.side, outputs - panel * p.side)
             finish(p, sums, codes, edges, expert, row0, rows, panel * p.side, width)

@@ -89,15 +89,22 @@ def grouped_gemm(
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
     packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
+    rows_of_weights, of_codes = (
+        decoded_panel.rows_of(weights, f, made is not None, out.itemsize),
+        decoded_panel.arguments(f),
+    )
     problem = _Problem(
         coded_gemm.multiplier(made, kern) if made else panel_gemm.multiplier(kern),
+        coded_gemm.packer(made, f.rule, rows_of_weights, *of_codes[:2]) if made and not packed else 0,
+        made.panel_bytes(k) if made else k_padded * kern.columns * out.itemsize,
+        made.group if made else 0,
         x,
         permuted_idx,
         top_k,
         input_scale,
         weights if weights.ndim == 5 else _NO_PANELS[out.itemsize],
-        decoded_panel.rows_of(weights, f, made is not None, out.itemsize),
-        *decoded_panel.arguments(f),
+        rows_of_weights,
+        *of_codes,
         bias,
         output_scale,
         _NO_FACTORS[0] if in_parts else row_factor,
@@ -124,7 +131,7 @@ def grouped_gemm(
         yield (edge_size(rows, kern.columns),), np.float32
 
     if made:
-        worker = coded_gemm.worker(made, kern, dtype, activation, "" if packed else f.rule)
+        worker = coded_gemm.worker(made, kern, dtype, activation)
     else:
         worker = _worker(kern, dtype, activation, decoded_panel.names(f))
     offsets, products = expert_first_token_offset, k_padded * kern.columns
@@ -162,6 +169,9 @@ class _Problem(NamedTuple):
     """What every task of a call shares."""
 
     multiply: int  # address of the code that multiplies rows with a panel
+    pack: int  # and of that which packs a panel of codes, or 0
+    panel_bytes: int
+    group: int  # columns of a group of the codes, or 0
     x: Any
     permuted_idx: Any
     top_k: int
@@ -230,8 +240,7 @@ def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes,
     """Take tasks until none is left."""
     p = problem
     outputs = p.out.shape[1]
-    panel_bytes = p.k_padded * 2 * sums.shape[2] * panel_block.itemsize
-    room, rest = sums.shape[1], (panel_bytes, p.k_padded, p.steps_per_pass, sums.ctypes.data, p.panels.size > 0)
+    room, rest = sums.shape[1], (p.panel_bytes, p.k_padded, p.steps_per_pass, sums.ctypes.data, p.panels.size > 0)
     while True:
         task = _intrinsics.next_task(counter)
         if task >= tasks.shape[0] or tasks[task, 2] == 0:
@@ -241,7 +250,7 @@ def _work(problem, tasks, counter, row_block, decoded, panel_block, sums, codes,
         put_rows(p, edges, room, row0, rows)
         for panel in range(first_panel, first_panel + tasks[task, 4]):
             if p.panels.size:
-                panel_address = np.int64(p.panels.ctypes.data) + (expert * p.panels.shape[1] + panel) * panel_bytes
+                panel_address = np.int64(p.panels.ctypes.data) + (expert * p.panels.shape[1] + panel) * p.panel_bytes
             else:
                 pack_panel(p, expert, panel, decoded, panel_block)
                 panel_address = np.int64(panel_block.ctypes.data)
