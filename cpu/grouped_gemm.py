@@ -89,10 +89,8 @@ def grouped_gemm(
     most_rows = most_rows // kern.max_rows * kern.max_rows
 
     packed, coded = weights.ndim == 5 or (f is not None and f.panels is not None), f is not None
-    rows_of_weights, of_codes = (
-        decoded_panel.rows_of(weights, f, made is not None, out.itemsize),
-        decoded_panel.arguments(f),
-    )
+    rows_of_weights = decoded_panel.rows_of(weights, f, made is not None, out.itemsize)
+    of_codes = decoded_panel.arguments(f)
     problem = _Problem(
         coded_gemm.multiplier(made, kern) if made else panel_gemm.multiplier(kern),
         coded_gemm.packer(made, f.rule, rows_of_weights, *of_codes[:2]) if made and not packed else 0,
