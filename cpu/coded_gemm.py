@@ -45,7 +45,7 @@ def spread_bytes(made):
 
 @functools.cache
 def multiplier(made, kernel):
-    """Where the machine code of `_multiply_codes` begins, as in `panel_gemm`: one for each layout, the loops for all."""
+    """Where the machine code of `_multiply_codes` begins, as in `panel_gemm`: there is one for each layout."""
     narrow = kernel.row_dtype == "bfloat16"
     tile = made.tile(narrow)
     pairs = made.tile_of_pairs(narrow) if made.spreads else tile
