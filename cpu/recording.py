@@ -8,6 +8,7 @@ holds for every threading layer. The memory of a call is kept for the next.
 
 import functools
 
+import numba
 import numpy as np
 from numba import prange, types
 
@@ -78,7 +79,8 @@ class Recording:
         if memory.size < self._num_bytes:
             memory = np.empty(self._num_bytes, np.uint8)
         _replay(_conductor(), self._workers, self._words, (*self._sizes, _cpus.are_asleep()), memory, given)
-        _cpus.were_awake()
+        if numba.get_num_threads() > 1:
+            _cpus.were_awake()
         if len(_memory) < _KEPT and memory.size + sum(one.size for one in _memory) <= _MOST_KEPT_BYTES:
             _memory.append(memory)
         _threads.warn_if_slow()

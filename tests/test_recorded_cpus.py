@@ -87,3 +87,19 @@ def test_threads_of_a_product_of_its_own_find_cpus_after_a_pause_only(monkeypatc
         call(problem, prepared, **GENERAL)
     expected = [asleep, False] * 2  # the second product of a call finds them awake
     assert [together for _, together in seen] == (expected if seen[0][0] > 1 else [False] * 4)
+
+
+def test_a_call_of_one_thread_does_not_say_that_the_others_are_awake():
+    problem, default = make_problem(64, 4, 8, 256, 192, "bfloat16"), numba.get_num_threads()
+    prepared = prepare(problem)
+    for _ in range(3):
+        call(problem, prepared)
+    try:
+        for count in range(1, default + 1):
+            numba.set_num_threads(count)
+            _cpus._ended[0] = 0.0
+            call(problem, prepared)
+            assert (_cpus._ended[0] > 0) == (count > 1)
+    finally:
+        numba.set_num_threads(default)
+    assert len(recorded(prepared)) == 1
