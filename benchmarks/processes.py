@@ -5,9 +5,9 @@ Usage: python benchmarks/processes.py [--repeats N] [--shapes small qwen3-30b-a3
 
 Each row is a process of its own, or the median of several. First results are those of a layer of shape `tiny` for one
 dtype, from the start of the interpreter to the output, with NumPy's import in it. Calls are of T = 64 and 256 tokens on
-prepared weights. Four callers do as many calls together as one does alone, after torch and OpenBLAS have used all
-threads. Instruction sets: 1024 tokens and one expert of `mixtral` in float32, against OpenBLAS with all of the host's
-instructions, on a product of the size of the first of its own.
+prepared weights. Four callers do as many calls together as one does alone, both after torch and OpenBLAS have used
+all threads. Instruction sets: 1024 tokens and one expert of `mixtral` in float32, against OpenBLAS with all of the
+host's instructions, on a product of the size of the first of its own.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ SHAPES = ("small", "qwen3-30b-a3b")
 LARGE = "mixtral"
 TOKENS = (64, 256)
 CALLERS = 4
+ROUND_S = 0.4  # of calls that are compared with others
+MOST_CALLS = 200  # of a thread: results of callers are kept
 TARGETS = {
     "host": {},
     "haswell": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
@@ -115,7 +118,8 @@ def threads(shape: shapes.Shape, scheme: str) -> dict[str, float]:
         call()
         most = numba.get_num_threads()
         times: dict[int, list[float]] = {1: [], most: []}
-        for _ in range(7):
+        # long enough for Linux to find two CPUs for two threads: for its first milliseconds a process may have one
+        for _ in range(max(7, min(MOST_CALLS, int(ROUND_S / timed(call))))):
             for count, taken in times.items():
                 numba.set_num_threads(count)
                 call()
@@ -134,15 +138,28 @@ def together(call: Callable[[], Any], name: str) -> float:
     import torch
 
     square, expected, ratios = np.ones((512, 512), np.float32), call().tobytes(), []
-    for _ in range(5):
+    each = max(2, min(MOST_CALLS, int(ROUND_S / CALLERS / timed(call))))
+    begin = Barrier(CALLERS)
+
+    def several(_: int) -> list[Any]:
+        begin.wait()  # every thread does its part
+        return [call() for _ in range(each)]
+
+    def beside_others() -> None:
+        """What torch's and OpenBLAS's threads have just done; OpenBLAS's go on looking for work for a while."""
         (torch.from_numpy(square) @ torch.from_numpy(square), square @ square)
-        with ThreadPoolExecutor(CALLERS) as pool:
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        list(pool.map(several, range(CALLERS)))
+        for _ in range(5):
+            beside_others()
             started = time.perf_counter()
-            found = list(pool.map(lambda _: call(), range(2 * CALLERS)))
+            found = [result for results in pool.map(several, range(CALLERS)) for result in results]
             taken = time.perf_counter() - started
-        if {result.tobytes() for result in found} != {expected}:
-            raise RuntimeError(f"{CALLERS} callers at once got other bits than one, {name}")
-        ratios.append(timed(lambda: [call() for _ in range(2 * CALLERS)]) / taken)
+            if {result.tobytes() for result in found} != {expected}:
+                raise RuntimeError(f"{CALLERS} callers at once got other bits than one, {name}")
+            beside_others()
+            ratios.append(timed(lambda: [call() for _ in range(CALLERS * each)]) / taken)
     return statistics.median(ratios)
 
 
