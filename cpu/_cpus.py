@@ -49,6 +49,13 @@ def arrive(arrivals):
 
 
 @jit()
+def let_come(arrivals):
+    """Let others run once more if the other thread is not there yet: it may wait behind this one."""
+    if _intrinsics.word(arrivals) == 1:
+        _intrinsics.let_others_run()
+
+
+@jit()
 def end(arrivals):
     """End it: this thread may do the part of the other too, and who is late stays where it is."""
     _intrinsics.put_word(arrivals + 8, np.int64(0))

@@ -131,6 +131,8 @@ def _conduct(block, thread):
     step = block + 8 * _HEAD + 32 * word(block)
     for number in range(steps):
         entered, left = word(step + 16), word(step + 24)
+        if arrivals:
+            _cpus.let_come(arrivals)
         _intrinsics.next_task(entered)
         _indirect.call(word(step), (word(step + 8), thread))
         _intrinsics.next_task(left)
