@@ -3,8 +3,8 @@ Two threads of a call on two CPUs.
 
 Linux may put a woken thread behind the one that woke it although the other CPU is idle, and move it only when it looks
 at its queues again, after some milliseconds. Here the thread that comes first lets others run, and again before each
-step of a recorded call until the other is there; one that finds itself on the same CPU leaves it. Two threads only: of more, one that moves may meet another. Threads that are still
-awake stay where they are.
+step of a recorded call until the other is there; one that finds itself on the same CPU leaves it. Two threads only: of
+more, one that moves may meet another. Threads that are still awake stay where they are.
 """
 
 import time
