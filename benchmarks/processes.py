@@ -118,8 +118,7 @@ def threads(shape: shapes.Shape, scheme: str) -> dict[str, float]:
         call()
         most = numba.get_num_threads()
         times: dict[int, list[float]] = {1: [], most: []}
-        # long enough for Linux to find two CPUs for two threads: for its first milliseconds a process may have one
-        for _ in range(max(7, min(MOST_CALLS, int(ROUND_S / timed(call))))):
+        for _ in range(max(7, as_many(call, ROUND_S))):  # threads may share a CPU for some milliseconds
             for count, taken in times.items():
                 numba.set_num_threads(count)
                 call()
@@ -138,7 +137,7 @@ def together(call: Callable[[], Any], name: str) -> float:
     import torch
 
     square, expected, ratios = np.ones((512, 512), np.float32), call().tobytes(), []
-    each = max(2, min(MOST_CALLS, int(ROUND_S / CALLERS / timed(call))))
+    each = max(2, as_many(call, ROUND_S / CALLERS))
     begin = Barrier(CALLERS)
 
     def several(_: int) -> list[Any]:
@@ -190,6 +189,11 @@ def calls(shape: shapes.Shape, name: str, token_counts: Sequence[int]) -> dict[s
         x, choices = shapes.tokens(shape, num_tokens, scheme.dtype), shapes.routing(shape, num_tokens)
         found[f"T = {num_tokens}"] = lambda x=x, choices=choices: cumoe.fused_experts(x, prepared, None, *choices)
     return found
+
+
+def as_many(call: Callable[[], Any], seconds: float) -> int:
+    """Calls that take about so long."""
+    return min(MOST_CALLS, int(seconds / timed(call)))
 
 
 def timed(call: Callable[[], Any]) -> float:

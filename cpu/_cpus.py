@@ -25,9 +25,10 @@ def are_asleep():
     return time.monotonic() - _ended[0] > _ASLEEP_S
 
 
-def were_awake():
-    """Say that the threads have just ended their work."""
-    _ended[0] = time.monotonic()
+def were_awake(workers):
+    """Say that so many threads have just ended their work: of one, the others may be asleep."""
+    if workers > 1:
+        _ended[0] = time.monotonic()
 
 
 def is_of_use(workers, products):

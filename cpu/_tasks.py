@@ -40,8 +40,7 @@ def run(worker, problem, offsets, most_rows, row_group, panels, panel_products, 
     together = _cpus.is_of_use(workers, problem.out.size * problem.x.shape[1]) and _cpus.are_asleep()
     given = problem, tasks, Address(counter), *map(Each, scratch)
     _region.run(worker, given, workers, arrivals.ctypes.data if together else 0)
-    if workers > 1:
-        _cpus.were_awake()
+    _cpus.were_awake(workers)
     _threads.warn_if_slow()
 
 

@@ -79,8 +79,7 @@ class Recording:
         if memory.size < self._num_bytes:
             memory = np.empty(self._num_bytes, np.uint8)
         _replay(_conductor(), self._workers, self._words, (*self._sizes, _cpus.are_asleep()), memory, given)
-        if numba.get_num_threads() > 1:
-            _cpus.were_awake()
+        _cpus.were_awake(numba.get_num_threads())
         if len(_memory) < _KEPT and memory.size + sum(one.size for one in _memory) <= _MOST_KEPT_BYTES:
             _memory.append(memory)
         _threads.warn_if_slow()
